@@ -1,0 +1,38 @@
+# Everything a fresh machine needs: Python >= 3.11, a C++ compiler, make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test bench lint clean help
+help:  ## show these targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## create .venv, install pinned versions, build the extension
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python >= 3.11 is needed, this is {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+
+# Reinstalls only when one of these files is newer than the last installation.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h) | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt "setuptools>=77" pybind11 wheel
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## run the main job on real text: runs/demo/report.html
+	$(BIN)/velopath demo
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## run the benchmarks that need no GPU
+	$(BIN)/python -m benchmarks all
+
+lint: $(STAMP)  ## ruff, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove what was built and run, not .venv
+	rm -rf build runs engine/*.egg-info engine/velopath/_core*.so

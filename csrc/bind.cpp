@@ -1,0 +1,13 @@
+// The Python module velopath._core. Only the bind*.cpp files know Python; nothing here knows torch.
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+void bind_sampler(py::module_& m);  // bind_sampler.cpp
+void bind_loss(py::module_& m);     // bind_loss.cpp
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "C++ core of velopath: streaming sampler and CPU cross-entropy rows.";
+    bind_sampler(m);
+    bind_loss(m);
+}

@@ -1,0 +1,1 @@
+"""Triton kernels; each has a plain torch reference in `velopath.loss`."""
