@@ -57,7 +57,7 @@ class MixtureWeights(Mapping[str, float]):
 
     @classmethod
     def of(cls, weights: Mapping[str, float], *, id: int = 0, from_step: int = 0) -> MixtureWeights:
-        """Normalise `weights` to sum 1. Raises `ConfigError` on NaN, infinity, a negative or an all-zero mix."""
+        """Normalise `weights` to sum 1; `ConfigError` on NaN, infinity, a negative or an all-zero mix."""
         check_weights(weights)
         total = math.fsum(weights.values())
         return cls(tuple(weights), tuple(w / total for w in weights.values()), id, from_step)
@@ -77,10 +77,10 @@ class MixtureWeights(Mapping[str, float]):
 
 @dataclass(frozen=True)
 class DomainLoss(Mapping[str, float]):
-    """Token loss per domain as sums: a mapping name -> mean nats per token, of the domains that have tokens.
+    """Token loss per domain as sums: a mapping name -> mean nats per token, of domains that have tokens.
 
-    `nats[k]` is the summed negative log-likelihood in nats and `tokens[k]` the tokens counted, in the order of
-    `names`. Sums add over micro-batches and ranks; they are divided only here. A domain with 0 tokens has no
+    `nats[k]` is the summed negative log-likelihood in nats and `tokens[k]` the tokens counted, in the order
+    of `names`. Sums add over micro-batches and ranks; they are divided only here. A domain with 0 tokens has no
     mean and is absent from the mapping. `stderr[k]`, where known, is the standard error of the mean in nats.
     """
 
@@ -115,7 +115,7 @@ def check_weights(weights: Mapping[str, float], names: Sequence[str] | None = No
             raise ConfigError(f"unknown domain {unknown[0]!r}; the domains are {', '.join(names)}")
         missing = [n for n in names if n not in weights]
         if missing:
-            raise ConfigError(f"no weight for domain {missing[0]!r}; every one of {', '.join(names)} needs one")
+            raise ConfigError(f"no weight for domain {missing[0]!r}; each of {', '.join(names)} needs one")
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ConfigError(f"weight of {name!r} is {weight!r}; expected a finite number")

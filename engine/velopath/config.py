@@ -1,0 +1,218 @@
+"""RunConfig: the one schema of a run. YAML in, `a.b=c` overrides, validated before anything is touched.
+
+Unknown keys are errors. Domains and slices are maps keyed by name, never lists, so that an
+override can name one. The resolved tree is echoed with its hash into the run folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from velopath.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Tree(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SliceConfig(_Tree):
+    """One version's new data: a prepared folder and the steps of the main path that read it."""
+
+    root: str = Field(description="prepared data folder (see `velopath prepare`)")
+    steps: PositiveInt = Field(description="T_i: optimiser steps of the main path on this slice")
+    weights: dict[str, float] | None = Field(
+        None, description="initial shares; null: the slice's token shares"
+    )
+
+
+class DataConfig(_Tree):
+    """What is read: slices in the order of the main path, and the held-out set."""
+
+    slices: dict[str, SliceConfig] = Field(min_length=1, description="name -> slice, in reading order")
+    heldout: str | None = Field(
+        None, description="prepared folder whose held-out split is used; null: first slice"
+    )
+    exhaustion: Literal["repeat", "renormalise", "stop"] = "repeat"
+    cache: str | None = Field(None, description="folder for inflated shards; null: ~/.cache/velopath")
+
+
+class ModelChoice(_Tree):
+    """The model: a Hugging Face Llama folder to continue from, or a preset initialised at random."""
+
+    hf: str | None = Field(None, description="folder with config.json and safetensors")
+    preset: str = Field("tiny", description="used where hf is null")
+    overrides: dict[str, int | float | bool] = Field(
+        default_factory=dict, description="fields of the preset to replace"
+    )
+
+
+class ControlConfig(_Tree):
+    """What moves the weights: a controller, its signal and its targets."""
+
+    controller: str = Field("velocitune", description="velocitune, static or uniform")
+    options: dict[str, Any] = Field(default_factory=dict, description="keywords of the controller")
+    targets: str | dict[str, float] | None = Field(
+        None, description="targets.json, or losses by domain in nats; null: RUN/targets.json"
+    )
+    every: PositiveInt = Field(50, description="m: steps between two evaluations and updates")
+    heldout_tokens: PositiveInt = Field(4096, description="held-out tokens per domain and evaluation")
+    rotate: bool = Field(False, description="draw another held-out sample at each evaluation")
+    in_branch: Literal["hold", "replay", "live"] = Field(
+        "hold",
+        description="weights of a branch: the branch point's, the main path's log, or a live controller",
+    )
+
+
+class PathConfig(_Tree):
+    """The learning-rate path: constant main path, branches with a complete decay."""
+
+    peak: Annotated[float, Field(gt=0)] = Field(3e-4, description="rate of the main path")
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    branch_share: Share = Field(0.6, description="alpha: branch length / T of its slice")
+    shape: Literal["cosine", "linear", "sqrt", "knee", "multistep", "exponential"] = "cosine"
+    floor: Annotated[float, Field(ge=0)] = Field(0.0, description="rate at the end of a branch")
+
+
+class TrainConfig(_Tree):
+    """One optimiser step and the machine it runs on."""
+
+    rows: PositiveInt = Field(8, description="rows per rank and step")
+    row_tokens: PositiveInt = Field(2048, description="T: tokens per row")
+    micro_rows: PositiveInt | None = Field(None, description="rows per forward pass; null: all at once")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0: no clipping")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over fp32 master weights")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool | None = Field(None, description="torch.compile; null: on a GPU only")
+    threads: Annotated[int, Field(ge=0)] = Field(1, description="prefetch threads of the sampler")
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt = 500
+    keep_last: PositiveInt = Field(2, description="rolling checkpoints kept; branch points are always kept")
+
+    @model_validator(mode="after")
+    def _micro_rows_divide(self) -> TrainConfig:
+        if self.micro_rows is not None and self.rows % self.micro_rows:
+            raise ValueError(f"micro_rows {self.micro_rows} does not divide rows {self.rows}")
+        return self
+
+
+class ProxyConfig(_Tree):
+    """The proxy trunk that target losses are fitted on: constant rate, original weights."""
+
+    steps: PositiveInt = 350
+    points: Annotated[int, Field(ge=4)] = Field(
+        7, description="evaluations the law is fitted on, spread evenly in log steps"
+    )
+    first: Share = Field(
+        0.1, description="first point, as a share of steps; after the warm-up at the earliest"
+    )
+    heldout_tokens: PositiveInt = Field(16384, description="held-out tokens per domain and point")
+    law: Literal["auto", "two", "three"] = "auto"
+
+
+class RunConfig(_Tree):
+    """A whole run."""
+
+    title: str = "velopath run"
+    seed: int = 0
+    data: DataConfig
+    model: ModelChoice = ModelChoice()
+    control: ControlConfig = ControlConfig()
+    path: PathConfig = PathConfig()
+    train: TrainConfig = TrainConfig()
+    proxy: ProxyConfig = ProxyConfig()
+
+    @field_validator("seed")
+    @classmethod
+    def _seed_fits(cls, seed: int) -> int:
+        if not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed {seed} is outside 0 ... 2^63 - 1")
+        return seed
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the resolved tree as canonical JSON."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read YAML, apply `a.b=c` overrides in order, resolve interpolations, validate.
+
+    Relative paths in the file are relative to the file. Raises `ConfigError` that names every wrong key.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = Path(path)
+    try:
+        tree = OmegaConf.load(path)
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(_checked(overrides))))
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise ConfigError(f"no such config file: {path}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; expected a YAML file") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path}: expected a map with the keys of RunConfig")
+    return validate_config(_absolute_paths(plain, path.parent), where=str(path))
+
+
+def validate_config(tree: dict[Any, Any], where: str = "config") -> RunConfig:
+    """A `RunConfig` of a plain tree, or `ConfigError` with one line for each wrong key."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            given = (
+                f" (given: {item['input']!r})" if item["type"] not in ("missing", "extra_forbidden") else ""
+            )
+            what = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
+            lines.append(f"{where}: {key}: {what}{given}")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _checked(overrides: Sequence[str]) -> Sequence[str]:
+    for text in overrides:
+        if "=" not in text or text.startswith("="):
+            raise ConfigError(f"override {text!r} is not of the form a.b=c")
+    return overrides
+
+
+def _absolute_paths(tree: dict[Any, Any], base: Path) -> dict[Any, Any]:
+    """Anchor path-valued settings at the config file's folder, so that no run depends on the cwd."""
+
+    def anchor(node: Any, key: str) -> None:
+        if isinstance(node, dict) and isinstance(node.get(key), str):
+            node[key] = str((base / Path(node[key]).expanduser()).resolve())
+
+    data = tree.get("data")
+    if isinstance(data, dict):
+        anchor(data, "heldout")
+        anchor(data, "cache")
+        slices = data.get("slices")
+        for entry in slices.values() if isinstance(slices, dict) else ():
+            anchor(entry, "root")
+    anchor(tree.get("model"), "hf")
+    anchor(tree.get("control"), "targets")
+    return tree
