@@ -1,0 +1,327 @@
+"""A Llama-layout decoder whose state dict is the Hugging Face layout: RMSNorm, RoPE, SwiGLU, grouped KV heads.
+
+Shape suffixes: B rows, T positions, D hidden size, V vocabulary, H query heads, G key/value heads, E head size.
+Checked against `transformers` in tests/test_hf.py and against fp64 in tests/test_model.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from velopath.errors import ConfigError
+
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a `Decoder`; fields carry the names of Hugging Face's `LlamaConfig`.
+
+    `head_dim` None means hidden_size / num_attention_heads, `num_key_value_heads` None as many as query heads.
+    Both are filled in, so that two equal models compare equal. Raises `ConfigError` on a shape that cannot be.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "tie_word_embeddings" or (field.name == "head_dim" and value is None):
+                continue
+            whole = field.name not in ("rope_theta", "rms_norm_eps")
+            kind = int if whole else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
+                what = "a positive whole number" if whole else "a positive number"
+                raise ConfigError(f"model.{field.name} is {value!r}; expected {what}")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ConfigError(
+                    f"model.hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}; choose one that is, or give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.kv_heads:
+            raise ConfigError(
+                f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.kv_heads}; each key/value head serves a whole group of query heads"
+            )
+        if self.head_size % 2:
+            raise ConfigError(f"model.head_dim is {self.head_size}; RoPE turns pairs, so it must be even")
+
+    @property
+    def head_size(self) -> int:
+        """E: `head_dim`, known to be filled in."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """G: `num_key_value_heads`, known to be filled in."""
+        assert self.num_key_value_heads is not None
+        return self.num_key_value_heads
+
+    @property
+    def matrix_params(self) -> int:
+        """Parameters that take part in a matrix product for every token: all but norms and the embedding
+        look-up; the unembedding counts, tied or not."""
+        attention = 2 * self.hidden_size * self.head_size * (self.num_attention_heads + self.kv_heads)
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        return self.num_hidden_layers * (attention + mlp) + self.vocab_size * self.hidden_size
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the model, a tied embedding counted once."""
+        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
+        lookup = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
+        return self.matrix_params + norms + lookup
+
+    def flops_per_token(self, row_tokens: int) -> int:
+        """FLOPs of forward and backward per token in rows of T = `row_tokens`: 6 M + 12 L H E T.
+
+        M is `matrix_params`, L layers. Attention is counted in full although half of it is masked, the
+        convention of PaLM's appendix B, so that MFU compares with other people's.
+        """
+        attention = 12 * self.num_hidden_layers * self.num_attention_heads * self.head_size * row_tokens
+        return 6 * self.matrix_params + attention
+
+
+PRESETS: dict[str, ModelConfig] = {
+    # vocab, hidden, intermediate, layers, heads, kv heads, head size, positions, theta
+    "tiny": ModelConfig(1024, 64, 176, 2, 4, 2, 16, 2048, 10_000.0, tie_word_embeddings=True),  # 0.16M
+    "small": ModelConfig(4096, 256, 704, 8, 8, 4, 32, 2048, 10_000.0, tie_word_embeddings=True),  # 7M
+    "40m": ModelConfig(32000, 512, 1408, 8, 8, 8, 64, 2048, 10_000.0, tie_word_embeddings=True),  # 42M
+    "160m": ModelConfig(50304, 768, 2048, 12, 12, 12, 64, 2048, 10_000.0),  # 162M
+    "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, 8192, 500_000.0, tie_word_embeddings=True),
+    "3b": ModelConfig(128256, 3072, 8192, 28, 24, 8, 128, 8192, 500_000.0, tie_word_embeddings=True),
+    "8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192, 500_000.0),
+}
+"""Named shapes; 1b, 3b and 8b are those of Llama 3 without its RoPE scaling. The vocabulary is the tokenizer's."""
+
+
+def preset(name: str, **changes: Any) -> ModelConfig:
+    """The named shape of `PRESETS` with fields replaced, for example `preset("tiny", vocab_size=2000)`."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown model preset {name!r}; the presets are {', '.join(PRESETS)}")
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise ConfigError(f"unknown model field {unknown[0]!r}; the fields are {', '.join(sorted(known))}")
+    return dataclasses.replace(PRESETS[name], **changes)
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis; the mean is taken in fp32 for 16-bit inputs."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """RoPE in Hugging Face's rotate-half convention: element e pairs with e + E/2, not with its neighbour."""
+    first, second = x_BHTE.chunk(2, dim=-1)
+    return x_BHTE * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H query heads in G groups that share a key/value head each."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_size = (
+            config.num_attention_heads,
+            config.kv_heads,
+            config.head_size,
+        )
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_size, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rows, length, _ = x_BTD.shape
+        query = self.q_proj(x_BTD).view(rows, length, self.heads, self.head_size).transpose(1, 2)
+        key = self.k_proj(x_BTD).view(rows, length, self.kv_heads, self.head_size).transpose(1, 2)
+        value = self.v_proj(x_BTD).view(rows, length, self.kv_heads, self.head_size).transpose(1, 2)
+        # The tables are fp32, so the turn is too; attention wants one dtype (bf16 under autocast).
+        query = rotate(query, cos, sin).to(value.dtype)
+        key = rotate(key, cos, sin).to(value.dtype)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=self.heads != self.kv_heads
+        )
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
+        return out
+
+
+class Mlp(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return out
+
+
+class Layer(nn.Module):
+    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin)
+        out: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        return out
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and final norm: the part that Hugging Face calls `model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """The decoder; `state_dict()` has exactly the names and shapes of Hugging Face's `LlamaForCausalLM`.
+
+    Weights are drawn from N(0, 0.02^2), the projections back into the residual stream (`o_proj`, `down_proj`)
+    from N(0, (0.02 / sqrt(2 L))^2) with L layers (GPT-2's rule), norms are 1. One CPU generator seeded with
+    `seed` is read in parameter order: the weights depend neither on the device nor on torch's global generator.
+    `seed=None` leaves them uninitialised for a loader to fill.
+    """
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(
+        self, config: ModelConfig, *, seed: int | None = 0, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        device = torch.device(device) if device is not None else torch.get_default_device()
+        # Built on meta first: nn.Linear's own init would cost time and move torch's global generator.
+        with torch.device("meta"):
+            self.model = Trunk(config)
+            if not config.tie_word_embeddings:
+                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name in ("rope_cos", "rope_sin"):
+            self.register_buffer(name, torch.empty(0, device="meta"), persistent=False)
+        self.to_empty(device=device)
+        if seed is not None and device.type != "meta":
+            self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights anew from `seed`, as the class says."""
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        scaled = INIT_STD / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 1:
+                weight.fill_(1.0)
+                continue
+            std = scaled if name.endswith(("o_proj.weight", "down_proj.weight")) else INIT_STD
+            weight.copy_(torch.empty(weight.shape, device="cpu").normal_(0.0, std, generator=generator))
+
+    def reset_rope(self, device: torch.device) -> None:
+        """Compute the RoPE tables, (positions, E) fp32 each: cos and sin of p * theta^(-2 i / E)."""
+        config = self.config
+        if device.type == "meta":
+            return
+        half = torch.arange(0, config.head_size, 2, device="cpu").float() / config.head_size
+        frequency = 1.0 / (config.rope_theta**half)
+        angle = torch.outer(torch.arange(config.max_position_embeddings, device="cpu").float(), frequency)
+        angle = torch.cat((angle, angle), dim=-1)
+        self.rope_cos, self.rope_sin = angle.cos().to(device), angle.sin().to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        # `.to(bfloat16)` would round the tables and `.to_empty()` lose them; they are cheap, so they are remade.
+        super()._apply(fn, recurse)
+        self.reset_rope(self.model.embed_tokens.weight.device)
+        return self
+
+    def forward(self, tokens_BT: Tensor, positions: Tensor | None = None) -> Tensor:
+        """hidden_BTD after the final norm. `positions`, (T,) or (B, T), default to 0 ... T-1."""
+        length = tokens_BT.shape[1]
+        if positions is None:
+            if length > self.config.max_position_embeddings:
+                raise ConfigError(
+                    f"a row has {length} tokens, the model max_position_embeddings = "
+                    f"{self.config.max_position_embeddings}; shorten the rows or raise it"
+                )
+            cos, sin = self.rope_cos[:length], self.rope_sin[:length]
+        else:
+            cos, sin = self.rope_cos[positions], self.rope_sin[positions]
+            if positions.ndim == 2:
+                cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        x_BTD = self.model.embed_tokens(tokens_BT)
+        for layer in self.model.layers:
+            x_BTD = layer(x_BTD, cos, sin)
+        hidden_BTD: Tensor = self.model.norm(x_BTD)
+        return hidden_BTD
+
+    @property
+    def unembed_weight(self) -> Tensor:
+        """(V, D): the weight that turns hidden states into logits; the embedding itself when tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Unnormalised log-probabilities (..., V) of hidden states (..., D)."""
+        return F.linear(hidden, self.unembed_weight)
+
+    @property
+    def n_params(self) -> int:
+        """Parameters, a tied embedding counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, row_tokens: int) -> int:
+        """See `ModelConfig.flops_per_token`."""
+        return self.config.flops_per_token(row_tokens)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The module inside any wrappings of `torch.compile` and DistributedDataParallel."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            inner = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        else:
+            return model
+        assert isinstance(inner, nn.Module)
+        model = inner
