@@ -1,0 +1,290 @@
+"""MDS folders: the index, checked once, and the documents of its shards.
+
+`index.json` is `{"version": 2, "shards": [...]}`; see `mds_format` for the shards. Nothing that an index says
+is believed: every name, size and type is checked, and an error names the file, the shard and the field.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from velopath.cache import inflate
+from velopath.errors import DataError
+from velopath.mds_format import (
+    MAX_SHARD_BYTES,
+    Columns,
+    ShardEntry,
+    TokenColumn,
+    check_hashes,
+    fixed_size,
+    hasher,
+    sample_offsets,
+    sample_tokens,
+    token_column,
+)
+from velopath.mds_write import MdsWriter
+
+__all__ = [
+    "Columns",
+    "MdsFolder",
+    "MdsWriter",
+    "ShardEntry",
+    "TokenColumn",
+    "load_index",
+    "read_documents",
+    "read_shard",
+    "token_column",
+]
+
+
+@dataclass(frozen=True)
+class MdsFolder:
+    """An MDS folder whose index was checked: its shards in index order."""
+
+    folder: Path
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def columns(self) -> Columns:
+        """Columns of the first shard (each shard carries its own). Raises `DataError` when there are no shards."""
+        if not self.shards:
+            raise DataError("the index lists no shards", path=self.folder / "index.json", field="shards")
+        return self.shards[0].columns
+
+    @property
+    def samples(self) -> int:
+        """Documents in all shards."""
+        return sum(s.samples for s in self.shards)
+
+
+def load_index(folder: str | Path, *, files: bool = True) -> MdsFolder:
+    """Read and check `folder/index.json`, and with `files` that each shard's file is there in its stated size.
+
+    Refused with `DataError` (file, shard and field named): malformed JSON, another version or format, wrong
+    types, negative or impossible sizes, unknown hashes or encodings, `pkl` columns, compressions other than
+    zstd without a raw file beside, and names that leave the folder by `..`, an absolute path or a link.
+    """
+    folder = Path(folder)
+    path = folder / "index.json"
+    try:
+        index = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(
+            "no such file; expected a folder of MDS shards with an index.json", path=path
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not valid JSON: {error}", path=path) from error
+    if not isinstance(index, dict) or index.get("version") != 2 or isinstance(index["version"], bool):
+        version = index.get("version") if isinstance(index, dict) else None
+        raise DataError(f"version is {version!r}; expected MDS version 2", path=path, field="version")
+    listed = index.get("shards")
+    if not isinstance(listed, list):
+        raise DataError(f"shards is {_shown(listed)}; expected a list", path=path, field="shards")
+    reader = _IndexReader(path, files=files)
+    return MdsFolder(folder, tuple(reader.shard(k, entry) for k, entry in enumerate(listed)))
+
+
+def read_documents(folder: str | Path, *, bytes_dtype: str = "int64") -> Iterator[NDArray[np.integer[Any]]]:
+    """Yield the documents of one MDS folder as 1-D integer arrays, in index order.
+
+    Pure numpy, no cache: one shard is in memory at a time (a raw one is mapped). Hashes are checked where the
+    index has them. Arrays are new and of the stored type; a `bytes` column is read as `bytes_dtype`. Raises
+    `DataError` naming shard and sample.
+    """
+    for entry in load_index(folder).shards:
+        yield from read_shard(entry, bytes_dtype=bytes_dtype)
+
+
+def read_shard(entry: ShardEntry, *, bytes_dtype: str = "int64") -> Iterator[NDArray[np.integer[Any]]]:
+    """Yield the documents of one shard; see `read_documents`."""
+    if entry.path.is_file():
+        if not entry.path.stat().st_size:
+            raise DataError("the file is empty", path=entry.path)
+        with open(entry.path, "rb") as file:
+            # Not closed by hand: an error's traceback may still hold a view of it.
+            raw = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        check_hashes(raw, entry.raw_hashes, entry.path)
+        yield from _documents(raw, entry, bytes_dtype)
+    else:
+        yield from _documents(memoryview(b"".join(inflate(entry))), entry, bytes_dtype)
+
+
+def _documents(raw: memoryview, entry: ShardEntry, bytes_dtype: str) -> Iterator[NDArray[np.integer[Any]]]:
+    try:
+        column = token_column(entry.columns, bytes_dtype=bytes_dtype)
+    except DataError as error:
+        raise DataError(error.problem, path=entry.path, field=error.field) from None
+    offsets = sample_offsets(raw, entry).tolist()
+    for k, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        try:
+            yield sample_tokens(raw[begin:end], entry.columns, column)
+        except ValueError as error:
+            raise DataError(str(error), path=entry.path, sample=k, field=column.name) from error
+
+
+def _shown(value: object) -> str:
+    """A value for an error message, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class _IndexReader:
+    """Checks the shard entries of one index; every error names the index, the shard and the field."""
+
+    def __init__(self, path: Path, *, files: bool) -> None:
+        self.path, self.files = path, files
+        self.root = os.path.realpath(path.parent)
+        self.seen: dict[str, int] = {}
+        self.columns: dict[tuple[Any, ...], Columns] = {}
+
+    def wrong(self, where: str, value: object, expected: str) -> DataError:
+        return DataError(f"{where} is {_shown(value)}; expected {expected}", path=self.path, field=where)
+
+    def shard(self, number: int, entry: object) -> ShardEntry:
+        where = f"shards[{number}]"
+        if not isinstance(entry, dict):
+            raise self.wrong(where, entry, "an object")
+        if entry.get("version", 2) != 2:
+            raise self.wrong(f"{where}.version", entry["version"], "2")
+        if entry.get("format") != "mds":
+            raise self.wrong(f"{where}.format", entry.get("format"), "'mds'")
+        samples = self.size(f"{where}.samples", entry.get("samples"))
+        raw_path, raw_bytes, raw_hashes = self.file(f"{where}.raw_data", entry.get("raw_data"))
+        if raw_bytes > MAX_SHARD_BYTES:
+            raise self.wrong(
+                f"{where}.raw_data.bytes", raw_bytes, "less than 4 GiB, offsets are 32 bits wide"
+            )
+        if 4 + 4 * (samples + 1) > raw_bytes:
+            raise self.wrong(f"{where}.samples", samples, f"what fits a shard of {raw_bytes} bytes")
+        zip_path, zip_bytes, zip_hashes = self.zipped(where, entry, raw_path)
+        self.first_use(where, raw_path)
+        found = ShardEntry(
+            path=raw_path,
+            zip_path=zip_path,
+            compression=entry.get("compression"),
+            samples=samples,
+            raw_bytes=raw_bytes,
+            zip_bytes=zip_bytes,
+            raw_hashes=raw_hashes,
+            zip_hashes=zip_hashes,
+            columns=self.column_table(where, entry),
+        )
+        if self.files:
+            self.check_files(where, found)
+        return found
+
+    def zipped(
+        self, where: str, entry: dict[str, Any], raw_path: Path
+    ) -> tuple[Path | None, int | None, dict[str, str]]:
+        compression, zip_data = entry.get("compression"), entry.get("zip_data")
+        if compression is None:
+            if zip_data is not None:
+                raise self.wrong(f"{where}.zip_data", zip_data, "null where compression is null")
+            return None, None, {}
+        if not isinstance(compression, str):
+            raise self.wrong(f"{where}.compression", compression, "null, 'zstd' or 'zstd:LEVEL'")
+        if compression.split(":")[0] != "zstd":
+            if raw_path.is_file():
+                return None, None, {}
+            advice = "null or zstd; inflate the shard files beside themselves (for gz: gunzip -k *.mds.gz) to read them"
+            raise self.wrong(f"{where}.compression", compression, advice)
+        if zip_data is None:
+            raise self.wrong(f"{where}.zip_data", zip_data, f"a file, as compression is {compression!r}")
+        return self.file(f"{where}.zip_data", zip_data)
+
+    def file(self, where: str, info: object) -> tuple[Path, int, dict[str, str]]:
+        if not isinstance(info, dict):
+            raise self.wrong(where, info, "an object with basename, bytes and hashes")
+        hashes = info.get("hashes", {})
+        if not isinstance(hashes, dict) or not all(isinstance(h, str) for h in hashes.values()):
+            raise self.wrong(f"{where}.hashes", hashes, "an object of hash name to hex text")
+        for name in hashes:
+            if hasher(name) is None:
+                raise self.wrong(f"{where}.hashes", name, "a hash of hashlib or xxhash")
+        size = self.size(f"{where}.bytes", info.get("bytes"))
+        return self.inside(f"{where}.basename", info.get("basename")), size, dict(hashes)
+
+    def size(self, where: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.wrong(where, value, "a whole number, 0 or more")
+        return value
+
+    def inside(self, where: str, name: object) -> Path:
+        """The file `name` below the folder; a path with folders is what merged indexes of sub-folders have."""
+        expected = "the name of a file inside the folder"
+        if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+            raise self.wrong(where, name, expected)
+        parts = PurePosixPath(name).parts
+        if name.startswith("/") or not parts or any(p in ("..", ".") or ":" in p for p in name.split("/")):
+            raise self.wrong(where, name, expected)
+        place = self.path.parent
+        for part in parts:
+            place = place / part
+            if place.is_symlink():
+                real = os.path.realpath(place)
+                if os.path.commonpath([real, self.root]) != self.root:
+                    raise self.wrong(where, name, f"{expected}, but it links to {real}")
+        return place
+
+    def first_use(self, where: str, path: Path) -> None:
+        number = self.seen.setdefault(str(path), len(self.seen))
+        if number != len(self.seen) - 1:
+            raise self.wrong(
+                f"{where}.raw_data.basename", path.name, f"another file than that of shards[{number}]"
+            )
+
+    def column_table(self, where: str, entry: dict[str, Any]) -> Columns:
+        lists = [entry.get(f"column_{part}") for part in ("names", "encodings", "sizes")]
+        for part, values in zip(("names", "encodings", "sizes"), lists, strict=True):
+            if not isinstance(values, list):
+                raise self.wrong(f"{where}.column_{part}", values, "a list")
+        names, encodings, sizes = (list(v) for v in lists if v is not None)
+        if not len(names) == len(encodings) == len(sizes) or not names:
+            counts = (len(names), len(encodings), len(sizes))
+            raise self.wrong(
+                f"{where}.column_names", counts, "as many names as encodings and sizes, 1 or more"
+            )
+        for field, values in (("names", names), ("encodings", encodings)):
+            for value in values:
+                if not isinstance(value, str):
+                    raise self.wrong(f"{where}.column_{field}", value, "text")
+        if len(set(names)) != len(names):
+            raise self.wrong(f"{where}.column_names", names, "names that do not repeat")
+        for name, encoding, size in zip(names, encodings, sizes, strict=True):
+            try:
+                fixed = fixed_size(encoding)
+            except ValueError as error:
+                raise DataError(
+                    f"column {name!r}: {error}", path=self.path, field=f"{where}.column_encodings"
+                ) from error
+            if size != fixed or isinstance(size, (bool, float)):
+                raise self.wrong(
+                    f"{where}.column_sizes", size, f"{fixed} for {name!r} of encoding {encoding!r}"
+                )
+        key = (*names, None, *encodings)
+        return self.columns.setdefault(key, Columns(tuple(names), tuple(encodings), tuple(sizes)))
+
+    def check_files(self, where: str, entry: ShardEntry) -> None:
+        pairs = [(entry.path, entry.raw_bytes), (entry.zip_path, entry.zip_bytes)]
+        present = [
+            (path, size, path.stat().st_size) for path, size in pairs if path is not None and path.is_file()
+        ]
+        if not present:
+            missing = entry.zip_path or entry.path
+            raise DataError(
+                f"the file of {where} is missing; fetch it or write the folder again", path=missing
+            )
+        for path, size, found in present:
+            if size is not None and found != size:
+                raise DataError(
+                    f"the file has {found} bytes, {where} of its index says {size}", path=path, field="bytes"
+                )
