@@ -73,14 +73,14 @@ def test_of_records_written_again_after_a_resume_the_last_counts(run: RunFolder)
     assert len(list(run.records())) == 4
 
 
-def test_a_resume_voids_its_segment_from_that_step_on(run: RunFolder) -> None:
+def test_a_resume_voids_its_segment_beyond_that_step(run: RunFolder) -> None:
     for number in range(4):
         run.append_metric({"kind": "eval", "segment": "main", "step": number})
         run.append_metric(step(number, 6.0 - number))
     run.append_metric(step(9, 1.0, "v1"))
     run.append_metric({"kind": "resume", "segment": "main", "step": 2})
-    assert [r["step"] for r in run.metrics("step", "main")] == [0, 1]
-    assert [r["step"] for r in run.metrics("eval")] == [0, 1, 2]  # after 2 updates: still true
+    assert [r["step"] for r in run.metrics("step", "main")] == [0, 1, 2]  # after 2 updates: still true
+    assert [r["step"] for r in run.metrics("eval")] == [0, 1, 2]
     assert [r["step"] for r in run.metrics("step", "v1")] == [9]
 
 

@@ -5,7 +5,6 @@
 | `config.yaml` | the resolved configuration; its sha256 is the config hash |
 | `run.json` | what ran, when and where (keys below) |
 | `data.json` | a copy of the data's `domains.json`: tokens, documents, bytes, licence and source per domain |
-| `plan.json` | `slices` {name: steps}, `branch_share`, `planned` and `ptfs` in steps |
 | `targets.json` | the fitted targets, see `velopath.targets` |
 | `lineage.jsonl` | one lineage event a line, see `velopath.lineage`; flushed to disk one by one |
 | `metrics.jsonl` | the record of the run, one JSON object a line (below) |
@@ -15,16 +14,17 @@
 Keys of `run.json`: `name`, `command`, `state` (running, done, stopped, failed), `started` and `ended`
 (ISO 8601), `seconds`, `versions` {package: version}, `hardware` {what: value}, `seed`.
 
-A metrics record names its `kind`, its `segment` ("base", "proxy", "main", or a version's name), its `step`:
+A metrics record names its `kind`, its `segment` ("base", "proxy", "main", or a version's name) and its `step`,
+which counts the updates done:
 
 | kind | further fields |
 | --- | --- |
 | `step` | `loss` nats, `rate`, `tokens` per step, `tokens_per_second`, `grad_norm`, `data_wait_share` |
-| `eval` | `loss` {domain: nats}, `tokens` {domain: held-out tokens}, `slice`; `step` = updates done |
+| `eval` | `loss` {domain: nats}, `tokens` {domain: held-out tokens}, `slice` |
 | `control` | `weights`, `velocity` or null, `initial`, `target`, `flagged`, `clipped`, `reason` |
 | `exposure` | `domains` {domain: {`rows`, `tokens`, `epochs`, `unique_tokens`}} read so far, global |
 | `sampler` | `tokens_per_second` of the sampler alone |
-| `resume` | nothing: the segment starts again at `step`, so its earlier records from there on are void |
+| `resume` | nothing: the segment went on from its checkpoint at `step`; its earlier records beyond are void |
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ class RunFolder:
         """The records in force, in the order written: of several per (segment, kind, step) the last.
 
         A resumed run writes the steps after its checkpoint again; a `resume` record voids what its segment
-        had from that step on. A torn last line is skipped. Raises `DataError` on any other
+        had beyond that step. A torn last line is skipped. Raises `DataError` on any other
         line that is not JSON.
         """
         kept: dict[tuple[Any, ...], Record] = {}
         for record in self.records():
             key = (record.get("segment"), record.get("kind"), record.get("step"))
             if key[1] == "resume":
-                kept = {k: r for k, r in kept.items() if not _voided(k, segment=key[0], step=key[2])}
+                kept = {k: r for k, r in kept.items() if k[0] != key[0] or (k[2] or 0) <= key[2]}
                 continue
             kept.pop(key, None)
             kept[key] = record
@@ -254,14 +254,6 @@ def _start_ticks(pid: int) -> int | None:
     except OSError:
         return None
     return int(stat.rpartition(")")[2].split()[19])
-
-
-def _voided(key: tuple[Any, ...], *, segment: Any, step: Any) -> bool:
-    """Whether a resume of `segment` at `step` voids the record. An evaluation at that very step, after as
-    many updates, stays true; the update numbered `step` is made again."""
-    if key[0] != segment or not isinstance(key[2], int):
-        return False
-    return bool(key[2] >= step if key[1] == "step" else key[2] > step)
 
 
 def _finite(value: Any) -> Any:
