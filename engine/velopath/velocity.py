@@ -1,0 +1,331 @@
+"""Velocitune: domain weights that follow how much of each domain is still to be learnt (arXiv 2411.14318).
+
+Letters: K domains i; l[i] held-out loss now, l_init[i] at the start, l_target[i] to be reached, all in nats per
+token; V[i] velocity; w[i] share. Everything here is pure: a state goes in, a new state comes out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+from velopath.domains import DomainLoss, MixtureWeights, check_weights
+from velopath.errors import ConfigError, NumericalError
+
+_TINY = 1e-200  # stands for a share of 0 while shares are scaled, so that the scale stays finite
+
+
+def mean_losses(
+    losses: Mapping[str, float],
+    names: Sequence[str],
+    last: Sequence[float] | None = None,
+) -> tuple[float, ...]:
+    """Mean losses in nats per token, in the order of `names`.
+
+    `losses` is a mapping or a `DomainLoss`. A domain that it lacks (no tokens were counted) takes its value from
+    `last` where that is given. Raises `ConfigError` on a missing or unknown domain and `NumericalError` on NaN
+    or infinity, naming the domain.
+    """
+    unknown = [n for n in losses if n not in names]
+    if unknown:
+        raise ConfigError(f"loss for unknown domain {unknown[0]!r}; the domains are {', '.join(names)}")
+    means = []
+    for k, name in enumerate(names):
+        if name in losses:
+            loss = losses[name]
+        elif last is not None:
+            loss = last[k]
+        else:
+            raise ConfigError(
+                f"no loss for domain {name!r} (no tokens of it were evaluated); every one of "
+                f"{', '.join(names)} needs one: evaluate more tokens or set missing='last'"
+            )
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"loss of domain {name!r} is {loss}; expected a finite number: the weights were left as they were"
+            )
+        means.append(float(loss))
+    return tuple(means)
+
+
+def bounded_shares(shares: Sequence[float], floor: float, cap: float) -> tuple[float, ...]:
+    """Shares scaled by one common factor and cut to [floor, cap] so that they sum to 1 (to rounding).
+
+    Solves sum_i min(max(x * w[i], floor), cap) = 1 for x: shares strictly between the bounds keep their
+    proportions. Shares inside the bounds come back unchanged. Raises `ConfigError` where K domains cannot
+    satisfy the bounds. Our choice.
+    """
+    count = len(shares)
+    if floor * count > 1 or cap * count < 1:
+        raise ConfigError(
+            f"floor {floor} and cap {cap} cannot hold for {count} domains: their shares sum to 1, so the floor "
+            f"can be at most {1 / count:.4g} and the cap at least {1 / count:.4g}"
+        )
+    if all(floor <= share <= cap for share in shares):
+        return tuple(shares)
+    raised = [max(share, _TINY) for share in shares]
+
+    def cut(scale: float) -> list[float]:
+        return [min(max(scale * share, floor), cap) for share in raised]
+
+    # The sum of the cut shares grows with the scale: halve down to neighbouring floats. Geometric steps first,
+    # because the scale may span hundreds of decades.
+    low, high = _TINY, cap / min(raised)
+    while low < (middle := _between(low, high)) < high:
+        if math.fsum(cut(middle)) < 1:
+            low = middle
+        else:
+            high = middle
+    result = cut(high)
+    return tuple(r if s > 0 or r > math.sqrt(_TINY) else 0.0 for r, s in zip(result, shares, strict=True))
+
+
+@dataclass(frozen=True)
+class VelocityState:
+    """What Velocitune remembers between updates; tuples stand in the order of `names` (sorted).
+
+    `shares` are in force now and sum to 1; `log_shares` are their natural logarithms, kept beside them because a
+    share that has become too small for a float must be able to come back (-inf: a share of 0 stays 0).
+    `initial`, `target` and `last` are losses in nats per token. `velocity` is V of the last update (None before
+    the first), after clamping and after the rule for small gaps. `clipped` names the domains whose V left [0, 1]
+    at the last update, `flagged` those whose gap is too small for a velocity of their own. `updates` counts
+    updates, `id` is the id of the weights.
+    """
+
+    names: tuple[str, ...]
+    shares: tuple[float, ...]
+    log_shares: tuple[float, ...]
+    initial: tuple[float, ...]
+    target: tuple[float, ...]
+    last: tuple[float, ...]
+    velocity: tuple[float, ...] | None = None
+    clipped: tuple[str, ...] = ()
+    flagged: tuple[str, ...] = ()
+    updates: int = 0
+    id: int = 0
+
+    @property
+    def weights(self) -> MixtureWeights:
+        """The shares in force, as a mapping name -> share with the state's id."""
+        return MixtureWeights(self.names, self.shares, self.id)
+
+    def record(self) -> dict[str, Any]:
+        """The state by domain name, for the metrics record: weights, velocity (or None), initial, target and last
+        loss, and the names flagged and clipped."""
+
+        def named(values: tuple[float, ...]) -> dict[str, float]:
+            return dict(zip(self.names, values, strict=True))
+
+        return {
+            "weights": named(self.shares),
+            "velocity": named(self.velocity) if self.velocity is not None else None,
+            "initial": named(self.initial),
+            "target": named(self.target),
+            "last": named(self.last),
+            "flagged": list(self.flagged),
+            "clipped": list(self.clipped),
+            "updates": self.updates,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value from which `Velocitune.state_from_json` makes an equal state."""
+        value = {f.name: getattr(self, f.name) for f in fields(self)}
+        value = {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+        # JSON has no -inf.
+        value["log_shares"] = [x if math.isfinite(x) else None for x in self.log_shares]
+        return {"controller": "velocitune", "version": 1, **value}
+
+
+@dataclass(frozen=True)
+class Velocitune:
+    """The Velocitune controller: a domain that still has far to go to its target gets a larger share.
+
+    Every update (Velocitune, update rule; the defaults are this faithful mode)::
+
+        V[i] = min(max((l[i] - l_target[i]) / (l_init[i] - l_target[i]), 0), 1)
+        w[i] <- w[i] * exp(eta * V[i]) / sum_j w[j] * exp(eta * V[j])
+
+    V is the fraction still to be learnt: 1 at the start, 0 at the target. The paper has eta = 1. Everything
+    below is our choice and off by default:
+
+    - `step_size`: eta.
+    - `smoothing`: c in w <- (1 - c) * w + c / K.
+    - `small_gap`: "raise" makes `start` refuse a domain with l_init <= l_target, where the rule is undefined.
+      "mean": a domain whose gap l_init - l_target is below `min_gap` nats or below 2 standard errors of l_init
+      (where `losses` is a `DomainLoss` that knows them) is flagged and takes the mean V of the other domains; if
+      all are flagged, V is 1 for all, so the weights stay.
+    - `floor`, `cap`: bounds on every share, see `bounded_shares`. They act on the state itself, so a share does
+      not wind up behind its bound; `start` applies them to the first weights too.
+    - `missing`: "raise", or "last" to use the last known loss of a domain that was not evaluated.
+
+    `targets` maps each domain to l_target in nats per token.
+    """
+
+    targets: Mapping[str, float]
+    _: KW_ONLY
+    step_size: float = 1.0
+    smoothing: float = 0.0
+    small_gap: Literal["raise", "mean"] = "raise"
+    min_gap: float = 0.25
+    floor: float = 0.0
+    cap: float = 1.0
+    missing: Literal["raise", "last"] = "raise"
+
+    needs_targets: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", {name: self.targets[name] for name in sorted(self.targets)})
+        for name, target in self.targets.items():
+            if isinstance(target, bool) or not isinstance(target, (int, float)) or not math.isfinite(target):
+                raise ConfigError(f"target of domain {name!r} is {target!r}; expected a finite loss in nats")
+        _check_range("step_size", self.step_size, 0.0, math.inf, "positive", self.step_size > 0)
+        _check_range("smoothing", self.smoothing, 0.0, 1.0, "in [0, 1]")
+        _check_range("min_gap", self.min_gap, 0.0, math.inf, "0 nats or more")
+        _check_range("floor", self.floor, 0.0, 1.0, "in [0, 1]")
+        _check_range("cap", self.cap, 0.0, 1.0, "in [0, 1]")
+        for option, value, known in (
+            ("small_gap", self.small_gap, ("raise", "mean")),
+            ("missing", self.missing, ("raise", "last")),
+        ):
+            if value not in known:
+                raise ConfigError(f"{option} is {value!r}; expected one of {', '.join(map(repr, known))}")
+
+    def start(self, losses: Mapping[str, float], weights: Mapping[str, float]) -> VelocityState:
+        """The state before the first update: l_init is `losses`, w is `weights` (normalised, then bounded).
+
+        `losses`, `weights` and the targets must name the same domains. Use the same held-out sample for these
+        losses as for later ones: a shift between samples is a bias that the weights integrate.
+        Raises `ConfigError` on a small gap (see the class) or on names that differ.
+        """
+        names = tuple(sorted(self.targets))
+        check_weights(weights, names)
+        initial = mean_losses(losses, names)
+        target = tuple(float(self.targets[n]) for n in names)
+        flagged = self._small_gaps(names, initial, target, losses)
+        total = math.fsum(weights.values())
+        shares = bounded_shares([weights[n] / total for n in names], self.floor, self.cap)
+        first_id = weights.id if isinstance(weights, MixtureWeights) else 0
+        return VelocityState(
+            names, shares, _logs(shares), initial, target, initial, flagged=flagged, id=first_id
+        )
+
+    def observe(
+        self, state: VelocityState, losses: Mapping[str, float]
+    ) -> tuple[VelocityState, MixtureWeights]:
+        """The state after one update with the present `losses` (nats per token) and its weights, whose id grows by 1.
+
+        Losses equal to the first ones leave the weights bit for bit as they are (every V is 1; with `smoothing`
+        they still move to uniform). Raises `NumericalError` on NaN or infinity; `state` is then still valid.
+        """
+        last = mean_losses(losses, state.names, state.last if self.missing == "last" else None)
+        velocity, clipped = self._velocities(state, last)
+        shares, logs = state.shares, state.log_shares
+        if max(velocity) > min(velocity):
+            logs = _normalised([w + self.step_size * v for w, v in zip(logs, velocity, strict=True)])
+            shares = _shares(logs)
+        if self.smoothing:
+            even = self.smoothing / len(shares)
+            shares = tuple((1 - self.smoothing) * share + even for share in shares)
+            logs = _logs(shares)
+        bounded = bounded_shares(shares, self.floor, self.cap)
+        if bounded != shares:
+            shares, logs = bounded, _logs(bounded)
+        state = replace(
+            state,
+            shares=shares,
+            log_shares=logs,
+            last=last,
+            velocity=velocity,
+            clipped=clipped,
+            updates=state.updates + 1,
+            id=state.id + 1,
+        )
+        return state, state.weights
+
+    def state_from_json(self, value: Mapping[str, Any]) -> VelocityState:
+        """The state that `VelocityState.to_json` wrote, exactly. Raises `ConfigError` on another controller's state."""
+        if value.get("controller") != "velocitune" or value.get("version") != 1:
+            raise ConfigError(
+                f"state of controller {value.get('controller')!r} version {value.get('version')!r}; "
+                "expected 'velocitune' version 1"
+            )
+        known = {f.name for f in fields(VelocityState)}
+        if missing := sorted(known - set(value)):
+            raise ConfigError(f"velocitune state lacks {missing[0]!r}; the saved state is incomplete")
+        data: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k in known
+        }
+        data["log_shares"] = tuple(-math.inf if x is None else x for x in data["log_shares"])
+        state = VelocityState(**data)
+        if set(state.names) != set(self.targets):
+            raise ConfigError(
+                f"saved state has domains {', '.join(state.names)} but the targets name {', '.join(self.targets)}"
+            )
+        return state
+
+    def _small_gaps(
+        self,
+        names: tuple[str, ...],
+        initial: tuple[float, ...],
+        target: tuple[float, ...],
+        losses: Mapping[str, float],
+    ) -> tuple[str, ...]:
+        flagged = []
+        for name, now, goal in zip(names, initial, target, strict=True):
+            if self.small_gap == "raise":
+                if now <= goal:
+                    raise ConfigError(
+                        f"domain {name!r} starts at a loss of {now:.4f} nats, not above its target {goal:.4f}: its "
+                        "velocity is undefined; give it a lower target or set small_gap='mean'"
+                    )
+                continue
+            error = losses.stderr_of(name) if isinstance(losses, DomainLoss) else 0.0
+            if now - goal < max(self.min_gap, 2 * error) or now <= goal:
+                flagged.append(name)
+        return tuple(flagged)
+
+    def _velocities(
+        self, state: VelocityState, last: tuple[float, ...]
+    ) -> tuple[tuple[float, ...], tuple[str, ...]]:
+        """V by domain, and the names whose V was clamped."""
+        own: dict[str, float] = {}
+        clipped = []
+        for name, loss, start, goal in zip(state.names, last, state.initial, state.target, strict=True):
+            if name in state.flagged:
+                continue
+            raw = (loss - goal) / (start - goal)
+            own[name] = min(max(raw, 0.0), 1.0)
+            if own[name] != raw:
+                clipped.append(name)
+        neutral = math.fsum(own.values()) / len(own) if own else 1.0
+        return tuple(own.get(name, neutral) for name in state.names), tuple(clipped)
+
+
+def _check_range(
+    option: str, value: float, low: float, high: float, expected: str, holds: bool = True
+) -> None:
+    number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    if not (number and low <= value <= high and holds):
+        raise ConfigError(f"{option} is {value!r}; expected a number {expected}")
+
+
+def _between(low: float, high: float) -> float:
+    return (low + high) / 2 if high < 2 * low else math.sqrt(low) * math.sqrt(high)
+
+
+def _logs(shares: Sequence[float]) -> tuple[float, ...]:
+    return tuple(math.log(share) if share > 0 else -math.inf for share in shares)
+
+
+def _normalised(logs: Sequence[float]) -> tuple[float, ...]:
+    top = max(logs)
+    norm = top + math.log(math.fsum(math.exp(x - top) for x in logs))
+    return tuple(x - norm for x in logs)
+
+
+def _shares(logs: Sequence[float]) -> tuple[float, ...]:
+    shares = [math.exp(x) for x in logs]
+    total = math.fsum(shares)
+    return tuple(share / total for share in shares)
