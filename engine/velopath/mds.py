@@ -126,9 +126,10 @@ def _documents(raw: memoryview, entry: ShardEntry, bytes_dtype: str) -> Iterator
     offsets = sample_offsets(raw, entry).tolist()
     for k, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         try:
-            yield sample_tokens(raw[begin:end], entry.columns, column)
+            tokens = sample_tokens(raw[begin:end], entry.columns, column)
         except ValueError as error:
             raise DataError(str(error), path=entry.path, sample=k, field=column.name) from error
+        yield tokens
 
 
 def _shown(value: object) -> str:

@@ -33,9 +33,8 @@ _CODES = {
 }  # fmt: skip
 TOKEN_DTYPES = ("uint8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 _SCALAR_BYTES = {"int": 8} | {d: np.dtype(d).itemsize for d in _CODES.values()}
-_VARIABLE = set(
-    "bytes str str_int str_float str_decimal pil jpeg jpeg_array jpegarray png json list[pil] list[jpeg] list[png]".split()
-)
+_IMAGES = {"pil", "jpeg", "jpeg_array", "jpegarray", "png", "list[pil]", "list[jpeg]", "list[png]"}
+_VARIABLE = {"bytes", "str", "str_int", "str_float", "str_decimal", "json"} | _IMAGES
 _NDARRAY = re.compile(r"ndarray(?::(?P<dtype>[a-z]+[0-9]+)(?::(?P<shape>[0-9]+(?:,[0-9]+)*))?)?\Z")
 
 
