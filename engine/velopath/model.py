@@ -271,7 +271,7 @@ class Decoder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
         # `.to(bfloat16)` would round the tables and `.to_empty()` lose them; they are cheap, so they are remade.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.reset_rope(self.model.embed_tokens.weight.device)
         return self
 

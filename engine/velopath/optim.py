@@ -71,11 +71,11 @@ def current_rate(optimizer: torch.optim.Optimizer) -> float:
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale the gradients so that their joint 2-norm is at most `max_norm`; return the norm before, 0-dim.
 
-    g <- g * min(1, max_norm / (norm + 1e-6)), torch's rule. None only measures. The norm stays on the device (no
+    g <- g * min(1, max_norm / (norm + 1e-6)), torch's rule. None or 0 only measures. The norm stays on the device (no
     host sync) and is NaN or infinite when a gradient is: the caller decides what then happens to the step.
     """
     grads = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in grads if p.grad is not None])
-    if max_norm is not None:
+    if max_norm:
         torch.nn.utils.clip_grads_with_norm_(grads, max_norm, norm)
     return norm
