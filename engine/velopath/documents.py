@@ -98,6 +98,39 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     return sorted(found)
 
 
+class _ZstdStream(io.RawIOBase):
+    """Inflates zstd frames; unlike the package's own reader it raises `EOFError` where the last is cut short."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._inside = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if self._frame.eof:
+                packed = self._frame.unused_data
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._inside = False
+            else:
+                packed = b""
+            packed = packed or self._file.read(1 << 16)
+            if not packed:
+                if self._inside:
+                    raise EOFError("the last zstd frame is cut short")
+                return 0
+            self._inside = True
+            self._ready = memoryview(self._frame.decompress(packed))
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
 @contextmanager
 def open_source(source: Source) -> Iterator[BinaryIO]:
     """Open the file for reading, inflating .gz and .zst. Raises `DataError` when it is no sound one."""
@@ -106,8 +139,7 @@ def open_source(source: Source) -> Iterator[BinaryIO]:
             if source.packed == ".gz":
                 yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
             elif source.packed == ".zst":
-                inflated = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-                yield io.BufferedReader(cast(io.RawIOBase, inflated), 1 << 20)
+                yield io.BufferedReader(_ZstdStream(file), 1 << 20)
             else:
                 yield file
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
@@ -149,10 +181,18 @@ def read_texts(sources: Sequence[Source], documents: NDArray[np.void], reading: 
     for number in np.unique(documents["file"]):
         source = sources[int(number)]
         places = np.flatnonzero(documents["file"] == number)
-        with open(source.plain, "rb") as stream:
+        at = 0
+        with open_source(source) if source.plain == source.path else open(source.plain, "rb") as stream:
             for k in places[np.argsort(documents["begin"][places])]:
                 row = documents[k]
-                stream.seek(int(row["begin"]))
+                if (
+                    source.plain == source.path and source.packed
+                ):  # only forward, as nothing was inflated to a file
+                    while skip := min(int(row["begin"]) - at, 1 << 20):
+                        at += len(stream.read(skip)) or skip
+                    at += int(row["stored"])
+                else:
+                    stream.seek(int(row["begin"]))
                 record = stream.read(int(row["stored"]))
                 try:
                     text = text_of(record, source, reading, None)

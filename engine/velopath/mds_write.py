@@ -21,6 +21,18 @@ _COMPRESSION = re.compile(r"zstd(?::([1-9]|1[0-9]|2[0-2]))?\Z")
 _DEFAULT_LEVEL = 3
 
 
+def compression_level(compression: str | None) -> int | None:
+    """zstd level of "zstd" (3, the reference writer's) or "zstd:LEVEL"; None for None. Else `ConfigError`."""
+    if compression is None:
+        return None
+    match = _COMPRESSION.match(compression)
+    if match is None:
+        raise ConfigError(
+            f"compression is {compression!r}; expected none, zstd or zstd:LEVEL with LEVEL 1 to 22"
+        )
+    return int(match[1] or _DEFAULT_LEVEL)
+
+
 class MdsWriter:
     """Writes documents into one MDS folder, one column `ndarray:<dtype>`; a context manager.
 
@@ -41,11 +53,7 @@ class MdsWriter:
         hashes: Sequence[str] = ("xxh64",),
         size_limit: int = 1 << 26,
     ) -> None:
-        level = _COMPRESSION.match(compression) if compression is not None else None
-        if compression is not None and level is None:
-            raise ConfigError(
-                f"compression is {compression!r}; expected None, zstd or zstd:LEVEL with LEVEL 1 to 22"
-            )
+        level = compression_level(compression)
         if dtype not in TOKEN_DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(TOKEN_DTYPES)}")
         unknown = [name for name in hashes if hasher(name) is None]
@@ -62,7 +70,7 @@ class MdsWriter:
         self.documents = 0
         self.tokens = 0
         self._dtype = np.dtype(dtype)
-        self._zstd = zstandard.ZstdCompressor(int(level[1] or _DEFAULT_LEVEL)) if level else None
+        self._zstd = zstandard.ZstdCompressor(level) if level is not None else None
         self._config: dict[str, Any] = {
             "version": 2,
             "format": "mds",
