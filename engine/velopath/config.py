@@ -65,6 +65,10 @@ class ControlConfig(_Tree):
     )
     every: PositiveInt = Field(50, description="m: steps between two evaluations and updates")
     heldout_tokens: PositiveInt = Field(4096, description="held-out tokens per domain and evaluation")
+    signal: Literal["heldout", "training"] = Field(
+        "heldout",
+        description="losses that drive the controller: held-out sets, or the training batches since last",
+    )
     rotate: bool = Field(False, description="draw another held-out sample at each evaluation")
     in_branch: Literal["hold", "replay", "live"] = Field(
         "hold",
@@ -116,8 +120,14 @@ class ProxyConfig(_Tree):
     first: Share = Field(
         0.1, description="first point, as a share of steps; after the warm-up at the earliest"
     )
-    heldout_tokens: PositiveInt = Field(16384, description="held-out tokens per domain and point")
     law: Literal["auto", "two", "three"] = "auto"
+
+
+class EvaluateConfig(_Tree):
+    """Evaluations for the record (versions, `velopath eval`); the controller has its own smaller sample."""
+
+    tokens: PositiveInt = Field(16384, description="held-out tokens per domain")
+    batch_rows: PositiveInt = Field(16, description="rows per forward pass")
 
 
 class RunConfig(_Tree):
@@ -131,6 +141,7 @@ class RunConfig(_Tree):
     path: PathConfig = PathConfig()
     train: TrainConfig = TrainConfig()
     proxy: ProxyConfig = ProxyConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     @field_validator("seed")
     @classmethod

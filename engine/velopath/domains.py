@@ -80,7 +80,7 @@ class DomainLoss(Mapping[str, float]):
     """Token loss per domain as sums: a mapping name -> mean nats per token, of domains that have tokens.
 
     `nats[k]` is the summed negative log-likelihood in nats and `tokens[k]` the tokens counted, in the order
-    of `names`. Sums add over micro-batches and ranks; they are divided only here. A domain with 0 tokens has no
+    of `names`. Sums add over micro-batches and ranks and are divided only here. A domain with 0 tokens has no
     mean and is absent from the mapping. `stderr[k]`, where known, is the standard error of the mean in nats.
     """
 

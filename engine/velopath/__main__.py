@@ -1,0 +1,5 @@
+"""`python -m velopath`, for launchers such as torchrun."""
+
+from velopath.cli import main
+
+main()

@@ -1,0 +1,67 @@
+"""The command line: registers the commands and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from velopath.cli.branch import branch
+from velopath.cli.demo import demo
+from velopath.cli.evaluate import evaluate
+from velopath.cli.export import export
+from velopath.cli.inspect import inspect
+from velopath.cli.log import log
+from velopath.cli.plan import plan
+from velopath.cli.prepare import prepare
+from velopath.cli.report import report
+from velopath.cli.targets import targets
+from velopath.cli.train import train
+from velopath.errors import VelopathError
+
+EPILOG = (
+    "Exit codes: 0 done, 2 bad configuration or argument, 3 bad data, 4 stopped with a checkpoint, "
+    "5 numerical failure, 1 anything else."
+)
+app = typer.Typer(
+    name="velopath",
+    help="Continual pre-training: Velocitune domain weights on learning-rate paths.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+COMMANDS = {
+    "prepare": prepare,
+    "inspect": inspect,
+    "targets": targets,
+    "plan": plan,
+    "train": train,
+    "branch": branch,
+    "eval": evaluate,
+    "log": log,
+    "report": report,
+    "export": export,
+    "demo": demo,
+}
+for name, command in COMMANDS.items():
+    app.command(name, epilog=EPILOG)(command)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from velopath import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of `velopath`. A velopath error is printed in one block and ends with its exit code."""
+    try:
+        app()
+    except VelopathError as error:
+        print(f"velopath: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

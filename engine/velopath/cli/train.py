@@ -1,0 +1,54 @@
+"""`velopath train`: the main path of a run, and its versions where asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="run config (YAML)")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="a.b=c overrides, for example path.peak=3e-4")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", "-r", help="run folder; default runs/NAME-OF-THE-CONFIG")
+    ] = None,
+    until: Annotated[
+        int | None, typer.Option(help="main-path step to stop at; default the last branch point", min=1)
+    ] = None,
+    versions: Annotated[
+        bool, typer.Option("--versions", help="also cut and export every version that the plan names")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print config, mixture, rates, time and memory; train nothing")
+    ] = False,
+) -> None:
+    """Train the main path: constant rate, weights moved by the controller, a checkpoint kept at each branch point.
+
+    Run it again to resume exactly where it stopped. Under torchrun it uses all ranks.
+
+    Examples:
+      velopath train run.yaml --dry-run
+      velopath train run.yaml --run runs/2026q1
+      torchrun --nproc-per-node 8 -m velopath train run.yaml --run runs/2026q1
+    """
+    from velopath.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    folder = run if run is not None else Path("runs") / config.stem
+    if dry_run:
+        from velopath.cli.dry_run import show_dry_run
+
+        show_dry_run(loaded, folder)
+        return
+    from velopath.cli.progress import console_log
+    from velopath.run import Run
+
+    with Run.open(loaded, folder, command="velopath train") as job, console_log(job):
+        if versions:
+            job.everything(until=until)
+        else:
+            job.main(until=until)

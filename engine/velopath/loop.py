@@ -1,0 +1,264 @@
+"""The training loop: steps of one session until a given step, with metrics, control, checkpoints and a clean stop.
+
+It stands on `Session`, the seam that other trainers embed, and adds what a whole product needs around it.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from velopath.checkpoint import prune, save_checkpoint, step_folder
+from velopath.config import RunConfig
+from velopath.dist import Dist
+from velopath.domains import DomainLoss
+from velopath.errors import DataError, NumericalError, StoppedError
+from velopath.evaluate import HeldOut, evaluate
+from velopath.model import Decoder
+from velopath.session import Session
+from velopath.train_step import StepResult, TrainStep
+
+SKIPS_IN_A_ROW = 3
+"""Steps in a row whose gradient is not finite before the loop gives up (our choice)."""
+
+Log = Callable[[dict[str, Any]], None]
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT; the loop saves and raises `StoppedError`. A second signal acts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def installed(self) -> Iterator[StopRequest]:
+        """Handle the signals inside this block only; the previous handlers return afterwards."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.requested:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self.requested = True
+
+        signals = (signal.SIGTERM, signal.SIGINT)
+        before = [signal.signal(s, handle) for s in signals]
+        try:
+            yield self
+        finally:
+            for s, handler in zip(signals, before, strict=True):
+                signal.signal(s, handler)
+
+
+@dataclass
+class Loop:
+    """Model, optimiser and held-out set of one run on this rank, and the loop over a session's steps.
+
+    `checkpoints` is the folder of this segment's checkpoints, one sub-folder `step-NNNNNNNN` each. `log` gets every
+    metrics record, on rank 0 only.
+    """
+
+    config: RunConfig
+    dist: Dist
+    decoder: Decoder
+    optimizer: torch.optim.Optimizer
+    heldout: Callable[[tuple[str, ...]], HeldOut]
+    log: Log
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def run(
+        self,
+        session: Session,
+        *,
+        until: int,
+        slice_name: str,
+        checkpoints: Path,
+        keep: frozenset[int] = frozenset(),
+    ) -> None:
+        """Train until `session.step == until`; save at the end, every `checkpoint_every` steps and at `keep`.
+
+        `watch` evaluates a session without controller as often as a controller would, for the record.
+        Raises `StoppedError` after a requested stop (state saved), `NumericalError` after `SKIPS_IN_A_ROW`
+        steps without a finite gradient (nothing saved since), `DataError` where the data ends early.
+        """
+        train = self.config.train
+        step = TrainStep(
+            self.decoder,
+            self.optimizer,
+            n_domains=len(session.sampler.names),
+            dist=self.dist,
+            micro_rows=train.micro_rows,
+            clip=train.clip,
+            bf16=train.precision == "bf16",
+            compile=self.dist.device.type == "cuda" if train.compile is None else train.compile,
+        )
+        self.decoder.train()
+        meter = Meter(session, self.dist)
+        in_flight: deque[tuple[Any, Any]] = deque()
+        self.control(session, slice_name, watch)
+        while session.step < until:
+            rate = session.rate
+            try:
+                batch = session.next_batch()
+            except StopIteration:
+                raise DataError(
+                    f"the data ended at step {session.step} of {until} (exhaustion {self.config.data.exhaustion!r}); "
+                    "prepare more data, plan fewer steps or set data.exhaustion=repeat"
+                ) from None
+            result = step(self._to_device(batch.tokens), self._to_device(batch.domains), rate)
+            if self.dist.device.type == "cuda":
+                self._hold_until_copied(in_flight, batch)
+            session.on_step(torch.where(torch.isfinite(result.grad_norm), result.sums, 0.0))
+            meter.add(result)
+            if session.step % train.log_every == 0 or session.step == until:
+                self.log(meter.record(rate))
+            with meter.paused():
+                self.control(session, slice_name, watch)
+                due = session.step % train.checkpoint_every == 0 or session.step in keep
+                if due or session.step == until or self._must_stop():
+                    self.save(session, slice_name=slice_name, checkpoints=checkpoints, keep=keep)
+            if self._must_stop() and session.step < until:
+                raise StoppedError(
+                    f"stopped at step {session.step} of {until}; state saved in {checkpoints}; "
+                    "the same command resumes it"
+                )
+
+    def control(self, session: Session, slice_name: str, watch: bool = False) -> None:
+        """Evaluate and let the controller move the weights, where it is due."""
+        tokens = self.config.control.heldout_tokens
+        if not session.control_due:
+            if watch and session.controller is None and session.step % session.every == 0:
+                self.evaluate(tokens, session=session, slice_name=slice_name)
+        elif self.config.control.signal == "heldout" or not session.started:
+            session.on_eval(self.evaluate(tokens, session=session, slice_name=slice_name))
+        else:
+            session.on_eval(session.training_loss())
+
+    def evaluate(self, tokens: int, *, session: Session, slice_name: str, kind: str = "eval") -> DomainLoss:
+        """Held-out loss per domain on `tokens` tokens of each, the same on all ranks, logged as a record `kind`."""
+        rotation = session.step if self.config.control.rotate and kind == "eval" else 0
+        losses = self.held_out_loss(session.sampler.names, tokens, rotation)
+        record = {"kind": kind, "segment": session.segment, "step": session.step, "slice": slice_name}
+        record |= {"loss": dict(losses), "tokens": dict(zip(losses.names, losses.tokens, strict=True))}
+        self.log(record)
+        return losses
+
+    def held_out_loss(self, names: tuple[str, ...], tokens: int, rotation: int = 0) -> DomainLoss:
+        """Held-out loss per domain, with standard errors."""
+        return evaluate(
+            self.decoder,
+            self.heldout(names),
+            tokens_per_domain=tokens,
+            rotation=rotation,
+            batch_rows=self.config.evaluate.batch_rows,
+            dist=self.dist,
+            bf16=self.config.train.precision == "bf16",
+        )
+
+    def save(self, session: Session, *, slice_name: str, checkpoints: Path, keep: frozenset[int]) -> Path:
+        """Write `checkpoints/step-NNNNNNNN` from rank 0 and prune older rolling ones; returns its folder."""
+        state = {
+            "segment": session.segment,
+            "slice": slice_name,
+            "step": session.step,
+            "session": session.state_dict(),
+            "path": session.path.to_json(),
+            "config_hash": self.config.hash,
+        }
+        folder = step_folder(checkpoints, session.step)
+        if self.dist.rank == 0:
+            save_checkpoint(folder, model=self.decoder, optimizer=self.optimizer, state=state)
+            prune(checkpoints, keep_last=self.config.train.keep_last, keep_steps=set(keep))
+        self.dist.barrier()
+        return folder
+
+    def _must_stop(self) -> bool:
+        """Whether any rank was asked to stop; all ranks agree."""
+        if self.dist.world == 1:
+            return self.stop.requested
+        flag = torch.tensor([float(self.stop.requested)], device=self.dist.device)
+        return bool(self.dist.all_reduce_sum(flag).item() > 0)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.dist.device, non_blocking=True)
+
+    @staticmethod
+    def _hold_until_copied(in_flight: deque[tuple[Any, Any]], batch: Any) -> None:
+        """Keep a pinned batch alive until the GPU has read it; at most two steps are queued ahead."""
+        event = torch.cuda.Event()
+        event.record()
+        in_flight.append((event, batch))
+        if len(in_flight) > 2:
+            in_flight.popleft()[0].synchronize()
+
+
+class Meter:
+    """Sums of a logging interval on the device, read once per record.
+
+    Raises `NumericalError` from `record` after `SKIPS_IN_A_ROW` steps in a row without a finite gradient.
+    """
+
+    def __init__(self, session: Session, dist: Dist) -> None:
+        self._session, self._dist = session, dist
+        self._paused = 0.0
+        self._row = torch.zeros((), device=dist.device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._start, self._paused = time.perf_counter(), 0.0
+        self._wait, self._first = self._session.wait_seconds, self._session.step
+        self._loss = torch.zeros(3, device=self._dist.device)
+        self._norm: Tensor | None = None
+        self._worst = torch.zeros((), device=self._dist.device)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of this block out of the throughput."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def add(self, result: StepResult) -> None:
+        finite = torch.isfinite(result.grad_norm)
+        one = torch.where(finite, 1.0, 0.0)
+        self._loss += torch.stack([torch.where(finite, result.loss, 0.0), one, 1.0 - one])
+        self._row = torch.where(finite, 0.0, self._row + 1)
+        self._worst = torch.maximum(self._worst, self._row)
+        self._norm = result.grad_norm
+
+    def record(self, rate: float) -> dict[str, Any]:
+        """The interval as a `step` record; synchronises the device and starts the next interval."""
+        session = self._session
+        loss, counted, skipped = self._dist.all_reduce_sum(self._loss.clone()).tolist()
+        if self._worst.item() >= SKIPS_IN_A_ROW:
+            raise NumericalError(
+                f"{SKIPS_IN_A_ROW} steps in a row up to step {session.step} had no finite gradient; their updates "
+                "were skipped. Resume from the last checkpoint with a lower path.peak, or look at the data there"
+            )
+        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        rows, steps = session.sampler.global_rows, session.step - self._first
+        tokens = rows * session.sampler.row_tokens
+        record = {
+            "kind": "step",
+            "segment": session.segment,
+            "step": session.step,  # updates done; `rate` is that of the last one
+            "loss": loss / counted if counted else None,
+            "rate": rate,
+            "grad_norm": None if self._norm is None or skipped else float(self._norm),
+            "tokens": tokens,
+            "tokens_per_second": steps * tokens / seconds,
+            "data_wait_share": (session.wait_seconds - self._wait) / seconds,
+            "skipped": round(skipped / self._dist.world),
+        }
+        self._reset()
+        return record

@@ -1,0 +1,84 @@
+"""Target losses from a proxy trunk: one constant-rate run at the original weights, read at several points.
+
+The trunk starts from the run's own starting model and warms up like the main path, so a point at D tokens shows
+what the undecayed main path would reach there. The held-out sample is the controller's own: l_target, l_init and
+l_t then share its sampling error, which cancels in the velocity.
+"""
+
+from __future__ import annotations
+
+import math
+from velopath.config import ProxyConfig
+from velopath.errors import ConfigError, DataError
+from velopath.run import Piece, Run
+from velopath.targets import Targets
+
+SEGMENT = "proxy"
+
+
+def proxy_points(proxy: ProxyConfig, warmup_steps: int) -> list[int]:
+    """Steps at which the trunk is evaluated: `points` of them, evenly spread in log steps, the last at the end.
+
+    The first lies at `first * steps`, and not inside the warm-up: a loss at a smaller rate belongs to another
+    curve. Raises `ConfigError` where that leaves too few different steps.
+    """
+    first = max(round(proxy.first * proxy.steps), warmup_steps, 1)
+    ratio = proxy.steps / first
+    last = proxy.points - 1
+    points = sorted({round(first * ratio ** (i / last)) for i in range(proxy.points)})
+    if first >= proxy.steps or len(points) < proxy.points:
+        raise ConfigError(
+            f"proxy.steps {proxy.steps} leave no room for {proxy.points} points after step {first} "
+            f"(warm-up {warmup_steps}); raise proxy.steps or lower proxy.points"
+        )
+    return points
+
+
+def train_proxy(run: Run) -> Targets:
+    """Train (or resume) the trunk in segment "proxy", fit the laws and read them at the end of the first slice.
+
+    A domain whose law ends above its last proxy loss keeps that loss as its target, with a warning.
+    """
+    config = run.config
+    points = proxy_points(config.proxy, config.path.warmup_steps)
+    root = run.checkpoints(SEGMENT)
+    loop, checkpoint = run.loop_at(root)
+    state = checkpoint.state if checkpoint is not None else None
+    slice_name = next(iter(config.data.slices))
+    piece = Piece(slice_name, 0, 0 if state is None else state["step"], points[-1])
+    curves: dict[str, list[tuple[float, float]]] = {}
+    tokens_read = 0
+    known = {r["step"]: r for r in run.folder.metrics("eval", SEGMENT) if r["step"] in points}
+    with run.session(piece, segment=SEGMENT, path=run.main_path(), state=state) as session:
+        shares = dict(session.weights)
+        tokens_per_step = session.sampler.global_rows * session.sampler.row_tokens
+        run.begin(SEGMENT, session.step, points[-1])
+        for point in points:
+            if session.step < point:
+                loop.run(session, until=point, slice_name=slice_name, checkpoints=root)
+                known.pop(point, None)
+            if point not in known:
+                if session.step > point:
+                    raise DataError(
+                        f"no evaluation at step {point} of the proxy, which is at step {session.step}; "
+                        f"delete {root} and run `velopath targets` again",
+                        path=run.folder.path / "metrics.jsonl",
+                    )
+                loss = loop.evaluate(config.control.heldout_tokens, session=session, slice_name=slice_name)
+                known[point] = {"loss": dict(loss), "tokens": dict(zip(loss.names, loss.tokens, strict=True))}
+            tokens_read += sum(known[point]["tokens"].values())
+            for name, value in known[point]["loss"].items():
+                curves.setdefault(name, []).append((point * tokens_per_step, value))
+    targets = Targets.fit(
+        curves,
+        run.tokens_at_slice_end(slice_name, tokens_per_step),
+        shares=shares,
+        proxy_steps=points[-1],
+        proxy_tokens=points[-1] * tokens_per_step,
+        evaluation_tokens=tokens_read,
+        law=config.proxy.law,
+        above_last="last",
+    )
+    worst = max((d.error or 0.0 for d in targets.domains.values()), default=math.nan)
+    run.note(SEGMENT, f"targets fitted on {len(points)} points; largest leave-last-out error {worst:.3f} nats")
+    return targets

@@ -1,0 +1,320 @@
+"""Run: one run folder at work: main path, branches, targets, evaluation, export, each resumable.
+
+`Run` decides what is trained, from which checkpoint, on which slice and path; `Loop` trains it. Opening a run takes
+its lock, so that two processes cannot write one folder.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from velopath import controllers
+from velopath.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, step_folder
+from velopath.config import RunConfig, load_config
+from velopath.config_change import check_unchanged
+from velopath.controllers import Controller
+from velopath.dist import Dist, init_from_env
+from velopath.domains import DomainLoss
+from velopath.environment import describe_environment
+from velopath.errors import ConfigError, DataError, StoppedError
+from velopath.evaluate import HeldOut
+from velopath.hf import load_hf
+from velopath.lineage import Version
+from velopath.loop import Loop, StopRequest
+from velopath.model import Decoder, preset
+from velopath.optim import build_optimizer
+from velopath.plan import Plan, make_plan
+from velopath.runfolder import RunFolder
+from velopath.schedule import LrPath
+from velopath.session import Session
+from velopath.stream import open_sampler
+from velopath.targets import Targets
+
+MAIN = "main"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Updates `start` to `end` (exclusive) of a stretch that read one slice, whose own first update is `first`."""
+
+    slice: str
+    first: int
+    start: int
+    end: int
+
+
+class Run:
+    """A run folder opened for work, as a context manager. All ranks open it; rank 0 writes.
+
+    `watchers` are called with every metrics record and with `begin` and `note` records for the console.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, dist: Dist, command: str) -> None:
+        self.config, self.folder, self.dist, self.command = config, folder, dist, command
+        self.watchers: list[Callable[[dict[str, Any]], None]] = []
+        self.stop = StopRequest()
+        slices = {name: entry.steps for name, entry in config.data.slices.items()}
+        self.plan: Plan = make_plan(slices, config.path.branch_share)
+        self._stack = ExitStack()
+        self._clock = time.perf_counter()
+        self._heldout: dict[tuple[str, ...], HeldOut] = {}
+
+    # -- opening ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, config: RunConfig, path: Path, command: str) -> Run:
+        """A new run in `path`, or the one that is there if its configuration is the same (else `ConfigError`)."""
+        dist = init_from_env(config.train.device)
+        folder = RunFolder(path, create=True)
+        recorded = folder.path / "config.yaml"
+        if recorded.exists():
+            check_unchanged(load_config(recorded), config, recorded)
+        return cls(config, folder, dist, command)
+
+    @classmethod
+    def reopen(cls, path: Path, command: str) -> Run:
+        """The run in `path`, with the configuration recorded there."""
+        folder = RunFolder(path)
+        recorded = folder.path / "config.yaml"
+        if not recorded.exists():
+            raise DataError("not a run folder: it has no config.yaml", path=path)
+        config = load_config(recorded)
+        return cls(config, folder, init_from_env(config.train.device), command)
+
+    def __enter__(self) -> Run:
+        self._stack.callback(self.folder.close)
+        self._stack.callback(self.dist.close)
+        if self.dist.is_main:
+            self._stack.enter_context(self.folder.lock())
+            self.folder.write_text("config.yaml", self.config.to_yaml())
+            self.folder.write_json("plan.json", self.plan.to_json())
+            self._write_about("running")
+        self._stack.enter_context(self.stop.installed())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.dist.is_main:
+            state = "done" if error is None else "stopped" if isinstance(error, StoppedError) else "failed"
+            self._write_about(state)
+        self._stack.close()
+
+    def _write_about(self, state: str) -> None:
+        """run.json: first start, seconds of all commands so far, what ran where."""
+        before = self.folder.read_json("run.json") or {}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        spent = time.perf_counter() - self._clock
+        self._clock = time.perf_counter()
+        about = {
+            "name": self.config.title,
+            "command": self.command,
+            "state": state,
+            "started": before.get("started", now),
+            "ended": None if state == "running" else now,
+            "seconds": before.get("seconds", 0.0) + (0.0 if state == "running" else spent),
+            "seed": self.config.seed,
+            "world": self.dist.world,
+        }
+        self.folder.write_json("run.json", about | describe_environment(self.dist.device))
+
+    # -- records ---------------------------------------------------------------------------------------------
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a metrics record and show it to the watchers; nothing on ranks other than 0."""
+        if self.dist.is_main:
+            self.folder.append_metric(record)
+            self._watch(record)
+
+    def begin(self, segment: str, step: int, until: int) -> None:
+        """A segment starts or goes on at `step`: earlier records of it beyond that step are void."""
+        if step:
+            self.log({"kind": "resume", "segment": segment, "step": step})
+        self._watch({"kind": "begin", "segment": segment, "step": step, "until": until})
+
+    def note(self, segment: str, text: str) -> None:
+        """A line for people."""
+        self._watch({"kind": "note", "segment": segment, "text": text})
+
+    def _watch(self, record: dict[str, Any]) -> None:
+        for watcher in self.watchers:
+            watcher(record)
+
+    # -- parts -----------------------------------------------------------------------------------------------
+
+    def checkpoints(self, segment: str) -> Path:
+        """The folder of a segment's checkpoints."""
+        return self.folder.path / "checkpoints" / segment
+
+    def main_path(self) -> LrPath:
+        """The learning-rate path of the main path."""
+        return LrPath.main(self.config.path.peak, self.config.path.warmup_steps)
+
+    def pieces(self, start: int, end: int) -> list[Piece]:
+        """Updates `start` to `end` cut at the borders of the slices."""
+        found, first = [], 0
+        for name, steps in self.plan.slices:
+            last = first + steps
+            if max(start, first) < min(end, last):
+                found.append(Piece(name, first, max(start, first), min(end, last)))
+            first = last
+        if end > first:
+            raise ConfigError(f"step {end} lies beyond the last slice, which ends at step {first}; add a slice")
+        return found
+
+    def tokens_at_slice_end(self, slice_name: str, tokens_per_step: int) -> int:
+        """Training tokens of the main path, from its start to the end of a slice."""
+        done = 0
+        for name, steps in self.plan.slices:
+            done += steps
+            if name == slice_name:
+                break
+        return done * tokens_per_step
+
+    def new_model(self) -> Decoder:
+        """The starting model: the Hugging Face folder of the config, or its preset with seeded random weights."""
+        choice, device = self.config.model, self.dist.device
+        vocabulary = self._prepared("tokenizer").get("vocab_size")
+        if choice.hf is not None:
+            shape, decoder = load_hf(choice.hf, device=device)
+            if vocabulary is not None and vocabulary > shape.vocab_size:
+                raise ConfigError(
+                    f"the data's tokenizer has {vocabulary} entries, the model {choice.hf} only {shape.vocab_size}; "
+                    "prepare the data with the model's own tokenizer"
+                )
+            return decoder
+        changes = dict(choice.overrides)
+        if vocabulary is not None:
+            changes.setdefault("vocab_size", vocabulary)
+        return Decoder(preset(choice.preset, **changes), seed=self.config.seed, device=device)
+
+    def new_optimizer(self, decoder: Decoder) -> torch.optim.Optimizer:
+        train = self.config.train
+        return build_optimizer(decoder, weight_decay=train.weight_decay, betas=train.betas)
+
+    def loop_at(self, *roots: Path) -> tuple[Loop, Checkpoint | None]:
+        """A loop at the latest checkpoint of the first root that has one, or at the starting model.
+
+        A root may also be one checkpoint's own folder.
+        """
+        decoder = self.new_model()
+        optimizer = self.new_optimizer(decoder)
+        loop = Loop(self.config, self.dist, decoder, optimizer, self.held_out, self.log, self.stop)
+        for root in roots:
+            folder = root if (root / "manifest.json").exists() else latest_checkpoint(root)
+            if folder is not None:
+                checkpoint = load_checkpoint(folder)
+                checkpoint.restore(decoder, optimizer, rng=True)
+                return loop, checkpoint
+        torch.manual_seed(self.config.seed)
+        return loop, None
+
+    def held_out(self, names: tuple[str, ...]) -> HeldOut:
+        """The held-out set of these domains: of the configured folder, else of the first slice that has each."""
+        if names not in self._heldout:
+            data = self.config.data
+            roots = [data.heldout] if data.heldout is not None else [s.root for s in data.slices.values()]
+            streams = []
+            for name in names:
+                root = next((r for r in roots if (Path(r) / "heldout" / name).is_dir()), roots[0])
+                part = HeldOut.open(root, row_tokens=self.config.train.row_tokens, names=[name])
+                streams += part.streams
+            self._heldout[names] = HeldOut(
+                names, tuple(streams), self.config.train.row_tokens, self.config.seed
+            )
+        return self._heldout[names]
+
+    @contextmanager
+    def session(
+        self,
+        piece: Piece,
+        *,
+        segment: str,
+        path: LrPath,
+        state: dict[str, Any] | None,
+        controller: Controller | None = None,
+    ) -> Iterator[Session]:
+        """A session on the piece's slice; `state` is a checkpoint's, used if it is of the same slice.
+
+        Every segment has an audit log of its own per slice. Row order is keyed by the slice's name, so that adding
+        slices never changes what earlier ones give; the proxy reads the main path's rows.
+        """
+        entry, train = self.config.data.slices[piece.slice], self.config.train
+        audit = self.folder.path / "audit" / f"{segment}.{piece.slice}.jsonl"
+        audit.parent.mkdir(exist_ok=True)
+        with open_sampler(
+            entry.root,
+            rows=train.rows,
+            row_tokens=train.row_tokens,
+            seed=self.config.seed,
+            rank=self.dist.rank,
+            world=self.dist.world,
+            weights=entry.weights,
+            exhaustion=self.config.data.exhaustion,
+            cache=self.config.data.cache,
+            audit=audit,
+            start_step=piece.first,
+            threads=train.threads,
+            allocate=_pinned if self.dist.device.type == "cuda" else None,
+            domain_key_salt=piece.slice,
+        ) as sampler:
+            session = Session(
+                sampler,
+                path,
+                controller=controller,
+                every=self.config.control.every,
+                reduce=self.dist.all_reduce_sum,
+                record=self.log,
+                segment=segment,
+            )
+            if state is not None and state["slice"] == piece.slice:
+                session.load_state_dict(state["session"])
+            if session.step != piece.start:
+                raise DataError(
+                    f"the state of {segment} is at step {session.step}, expected {piece.start} in {piece.slice}",
+                    path=self.checkpoints(segment),
+                )
+            yield session
+            self.log({"kind": "exposure", "segment": segment, "step": session.step, "domains": sampler.exposure()})
+
+    def controller(self, slice_name: str) -> Controller:
+        """The configured controller, with targets read at the end of the slice."""
+        control, options = self.config.control, dict(self.config.control.options)
+        if controllers.needs_targets(control.controller):
+            options["targets"] = self._targets(slice_name).losses
+        return controllers.build(control.controller, **options)
+
+    def _targets(self, slice_name: str) -> Targets:
+        source = self.config.control.targets
+        if isinstance(source, dict):
+            return Targets.given(source)
+        path = Path(source) if source is not None else self.folder.path / "targets.json"
+        value = RunFolder(path.parent).read_json(path.name)
+        if value is None:
+            raise ConfigError(
+                f"controller {self.config.control.controller!r} needs target losses and {path} does not exist; "
+                "run `velopath targets` first, or set control.targets, or control.controller=static"
+            )
+        train = self.config.train
+        tokens_per_step = train.rows * self.dist.world * train.row_tokens
+        targets = Targets.from_json(value)
+        return targets.at(self.tokens_at_slice_end(slice_name, tokens_per_step), above_last="last")
+
+    def _prepared(self, key: str) -> dict[str, Any]:
+        """A part of the first slice's domains.json; empty where the folder was not written by `prepare`."""
+        first = next(iter(self.config.data.slices.values()))
+        folder = Path(first.root)
+        value = RunFolder(folder).read_json("domains.json") or {}
+        part = value.get(key, {})
+        return part if isinstance(part, dict) else {}

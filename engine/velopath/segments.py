@@ -1,0 +1,160 @@
+"""What a run trains: the main path, and the branches that become versions (learning-rate path switching)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from velopath.checkpoint import load_checkpoint, step_folder
+from velopath.domains import DomainLoss
+from velopath.errors import ConfigError
+from velopath.lineage import Version
+from velopath.loop import Loop
+from velopath.run import MAIN, Piece, Run
+from velopath.runlineage import read_lineage, record_version
+from velopath.session import Session
+
+
+def train_main(run: Run, until: int | None = None) -> int:
+    """Train the main path up to step `until` (default: the last branch point), or resume it; returns the step.
+
+    A checkpoint stays at every planned branch point. At the start of a slice the controller starts again: first
+    losses measured there, targets read at the slice's end, weights as the slice says.
+    """
+    goal = run.plan.main_steps if until is None else until
+    root = run.checkpoints(MAIN)
+    loop, checkpoint = run.loop_at(root)
+    state = checkpoint.state if checkpoint is not None else None
+    step = 0 if state is None else int(state["step"])
+    if step >= goal:
+        run.note(MAIN, f"is at step {step} already")
+        return step
+    keep = frozenset(branch.start_step for branch in run.plan.branches)
+    run.begin(MAIN, step, goal)
+    for piece in run.pieces(step, goal):
+        controller = run.controller(piece.slice)
+        with run.session(
+            piece, segment=MAIN, path=run.main_path(), state=state, controller=controller
+        ) as session:
+            loop.run(session, until=piece.end, slice_name=piece.slice, checkpoints=root, keep=keep)
+    return goal
+
+
+def cut_version(
+    run: Run, name: str, *, at: int | None = None, steps: int | None = None, shape: str | None = None
+) -> Version:
+    """Branch `name` off the main checkpoint at step `at`, decay over `steps`, evaluate and record it; resumable.
+
+    Defaults: the plan's branch of that name; `steps` to the end of the slice that `at` lies in; the config's
+    `shape`. The branch copies the main path's sampler, optimiser and (for `in_branch=live`) controller; the main
+    path keeps its own. A version that is recorded already is returned as it is.
+    """
+    known = {v.name: v for v in read_lineage(run.folder).versions}
+    if name in known:
+        run.note(name, "is cut already")
+        return known[name]
+    piece = _branch_piece(run, name, at, steps)
+    start = step_folder(run.checkpoints(MAIN), piece.start)
+    if not start.is_dir():
+        kept = sorted(int(f.name.removeprefix("step-")) for f in run.checkpoints(MAIN).glob("step-*"))
+        raise ConfigError(
+            f"no main checkpoint at step {piece.start} to branch {name!r} from; kept are "
+            f"{', '.join(map(str, kept)) or 'none'}: choose one with --at, or train the main path to that step"
+        )
+    path = run.main_path().branch(
+        at_step=piece.start,
+        steps=piece.end - piece.start,
+        shape=shape or run.config.path.shape,
+        floor=run.config.path.floor,
+    )
+    loop, checkpoint = run.loop_at(run.checkpoints(name), start)
+    assert checkpoint is not None
+    state = checkpoint.state
+    step = int(state["step"])
+    live = run.config.control.in_branch == "live"
+    run.begin(name, step, piece.end)
+    with run.session(
+        Piece(piece.slice, piece.first, step, piece.end),
+        segment=name,
+        path=path,
+        state=state,
+        controller=run.controller(piece.slice) if live else None,
+    ) as session:
+        tokens = run.config.evaluate.tokens
+        before = _measured(run, loop, session, name, piece.start, tokens, piece.slice)
+        if run.config.control.in_branch == "replay":
+            _replay_main(run, session, piece)
+        loop.run(
+            session,
+            until=piece.end,
+            slice_name=piece.slice,
+            checkpoints=run.checkpoints(name),
+            watch=True,
+        )
+        after = _measured(run, loop, session, name, piece.end, tokens, piece.slice)
+    final = step_folder(run.checkpoints(name), piece.end)
+    return record_version(
+        run,
+        name=name,
+        piece=piece,
+        path=path,
+        before=before,
+        after=after,
+        parent_digest=load_checkpoint(start).digest,
+        checkpoint=final,
+        digest=load_checkpoint(final).digest,
+    )
+
+
+def train_everything(run: Run) -> None:
+    """The whole plan in order: main path to each branch point, its version cut, and on."""
+    for segment in run.plan.segments:
+        if segment.kind == "main":
+            train_main(run, segment.end_step)
+        else:
+            cut_version(run, segment.name)
+
+
+def _branch_piece(run: Run, name: str, at: int | None, steps: int | None) -> Piece:
+    if name in (MAIN, "proxy", "base") or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise ConfigError(f"version name {name!r}; expected letters, digits, '-', '_' or '.', and not 'main'")
+    planned = {branch.name: branch for branch in run.plan.branches}.get(name)
+    if at is None:
+        if planned is None:
+            raise ConfigError(
+                f"the plan has no version {name!r} (it names {', '.join(run.plan.versions)}); give --at STEP"
+            )
+        at = planned.start_step
+    total = sum(length for _, length in run.plan.slices)
+    within = next((p for p in run.pieces(0, total) if p.start <= at < p.end), None)
+    if within is None:
+        raise ConfigError(f"step {at} lies outside the slices, which end at step {total}")
+    end = within.end if steps is None else at + steps
+    if end <= at:
+        raise ConfigError(f"a branch of {steps} steps; expected 1 or more")
+    return Piece(within.slice, within.first, at, end)
+
+
+def _measured(
+    run: Run, loop: Loop, session: Session, name: str, step: int, tokens: int, slice_name: str
+) -> dict[str, Any]:
+    """The `version` record at `step`: read where a resumed branch has it, else measured now."""
+    for record in run.folder.metrics("version", name):
+        if record["step"] == step and session.step >= step:
+            return record
+    losses: DomainLoss = loop.evaluate(tokens, session=session, slice_name=slice_name, kind="version")
+    return {"loss": dict(losses), "tokens": dict(zip(losses.names, losses.tokens, strict=True))}
+
+
+def _replay_main(run: Run, session: Session, piece: Piece) -> None:
+    """Push what the main path pushed on this stretch, at the same steps: the branch then reads the same rows."""
+    controls = [r for r in run.folder.metrics("control", MAIN) if piece.start < r["step"] < piece.end]
+    done = max((r["step"] for r in run.folder.metrics("step", MAIN)), default=0)
+    if done < piece.end:
+        raise ConfigError(
+            f"control.in_branch=replay needs the main path's weights up to step {piece.end}, it is at {done}; "
+            f"train it with --until {piece.end} first"
+        )
+    pending = {int(p["step"]) for p in session.sampler.state_dict()["pending"]}
+    for record in controls:
+        if record["step"] >= session.step and record["step"] not in pending:
+            session.sampler.push(record["weights"], at_step=record["step"], reason="replay of main")

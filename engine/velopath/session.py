@@ -1,0 +1,214 @@
+"""Session: sampler, controller and path bound together; what our loop and other trainers stand on.
+
+A trainer of one's own keeps its model, optimiser and collectives and calls four hooks:
+
+```python
+session = Session(sampler, path, controller=Velocitune(targets), every=50)
+session.on_eval(losses_before_training)              # once: l_init
+for batch in session:                                # TokenBatch: tokens (rows, T+1), domains (rows,)
+    rate = session.rate                              # of this batch's step
+    loss, sums = ...                                 # velopath.linear_domain_cross_entropy
+    session.on_step(sums)                            # stays on the device, no synchronisation
+    if session.control_due:
+        session.on_eval(held_out_losses)             # observes and pushes the new weights
+state = session.state_dict()                         # JSON; exact resume
+```
+
+Embedded, it installs no signal handler, starts no process group and touches no logger; sums over ranks come from
+the `reduce` callable. All ranks call the same hooks with the same losses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from velopath.controllers import Controller
+from velopath.domains import DomainLoss, MixtureWeights
+from velopath.errors import ConfigError
+from velopath.schedule import LrPath
+from velopath.stream import Sampler, TokenBatch
+
+Record = Callable[[dict[str, Any]], None]
+
+
+class Sums(Protocol):
+    """A (2, K) array of nats and tokens on any device: torch tensor or numpy array."""
+
+    def __add__(self, other: Any, /) -> Any: ...
+    def tolist(self) -> list[list[float]]: ...
+
+
+class Session:
+    """One stretch of training on one sampler: hands out batches and rates, turns losses into weights.
+
+    `path` gives the rate of each step. `controller` (None: the weights stay) is asked every `every` steps, counted
+    from the sampler's first step. `reduce` adds a (2, K) array over ranks (default: one rank). `record` receives
+    one dict per control, for a log; give it on rank 0 only. `segment` names the stretch in those records.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        path: LrPath,
+        *,
+        controller: Controller | None = None,
+        every: int = 50,
+        reduce: Callable[[Any], Any] | None = None,
+        record: Record | None = None,
+        segment: str = "main",
+    ) -> None:
+        if every < 1:
+            raise ConfigError(f"every is {every}; the controller needs 1 step or more between updates")
+        self.sampler, self.path, self.controller, self.segment = sampler, path, controller, segment
+        self.every = every
+        self.step = sampler.step
+        """Steps finished, which is the number of the next step."""
+        self.wait_seconds = 0.0
+        """Time spent in `next_batch` so far: the share of it in a step is the data wait."""
+        self._first = sampler.step
+        self._reduce = reduce if reduce is not None else lambda sums: sums
+        self._record = record if record is not None else lambda _: None
+        self._state: Any = None
+        self._sums: Any = None
+        self._carried: list[list[float]] | None = None  # global sums from before a resume
+        self._batch: TokenBatch | None = None
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        while True:
+            try:
+                batch = self.next_batch()
+            except StopIteration:
+                return
+            yield batch
+
+    def next_batch(self) -> TokenBatch:
+        """The next batch of this rank; `StopIteration` where the exhaustion policy ends the stream.
+
+        Raises `ConfigError` where the batch handed out before was not reported by `on_step`.
+        """
+        if self._batch is not None:
+            raise ConfigError(
+                f"on_step was not called for step {self._batch.step}; call it after every batch"
+            )
+        start = time.perf_counter()
+        batch = next(self.sampler)
+        self.wait_seconds += time.perf_counter() - start
+        self._batch = batch
+        return batch
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the step in flight, or of the next one between steps."""
+        return self.path.rate(self.step)
+
+    @property
+    def weights(self) -> MixtureWeights:
+        """Shares in force for the next step."""
+        return self.sampler.weights
+
+    @property
+    def started(self) -> bool:
+        """Whether the controller knows its first losses."""
+        return self._state is not None
+
+    @property
+    def control_due(self) -> bool:
+        """Whether the controller wants losses now, before the next step."""
+        if self.controller is None:
+            return False
+        return not self.started or (self.step > self._first and (self.step - self._first) % self.every == 0)
+
+    def on_step(self, sums: Sums | None = None) -> None:
+        """The batch handed out last was trained on; `sums` (2, K) are its nats and tokens per domain.
+
+        Adds the sums where they are (no device synchronisation) for `training_loss`.
+        """
+        if self._batch is None:
+            raise ConfigError("on_step without a batch; call next_batch first")
+        self.step = self._batch.step + 1
+        self._batch = None
+        if sums is not None:
+            self._sums = sums if self._sums is None else self._sums + sums
+
+    def training_loss(self) -> DomainLoss:
+        """Loss per domain of the training batches since the last call, over all ranks. Synchronises the device."""
+        names = self.sampler.names
+        sums = self._carried
+        if self._sums is not None:
+            sums = _add(self._reduce(self._sums).tolist(), self._carried)
+        self._sums = self._carried = None
+        if sums is None:
+            return DomainLoss(names, (0.0,) * len(names), (0,) * len(names))
+        nats, tokens = sums
+        return DomainLoss(names, tuple(nats), tuple(round(n) for n in tokens))
+
+    def on_eval(self, losses: Mapping[str, float] | DomainLoss) -> MixtureWeights:
+        """Give the controller `losses` in nats per token by domain; push what it answers; return the weights.
+
+        The first call starts the controller (l_init) and moves nothing; later ones push from the next step on.
+        """
+        if self.controller is None:
+            return self.weights
+        if not self.started:
+            self._state = self.controller.start(losses, self.weights)
+            if dict(self._state.weights) != dict(self.weights):  # floor and cap act on the first weights too
+                self._push(self._state.weights)
+            self._log("start")
+            return self.weights
+        self._state, proposed = self.controller.observe(self._state, losses)
+        self._push(proposed)
+        self._log("update")
+        return self.weights
+
+    def _push(self, weights: Mapping[str, float]) -> None:
+        reason = type(self.controller).__name__
+        self.sampler.push(dict(weights), at_step=self.step, reason=reason, digest=self._digest())
+
+    def _digest(self) -> str:
+        text = json.dumps(self._state.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _log(self, reason: str) -> None:
+        record = {"kind": "control", "segment": self.segment, "step": self.step, "reason": reason}
+        self._record(record | self._state.record() | {"weights": dict(self.weights), "id": self.weights.id})
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON state after the last step reported by `on_step`; a batch in flight is not part of it.
+
+        Identical on all ranks (training sums are reduced, so every rank must call this).
+        """
+        sums = self._carried
+        if self._sums is not None:
+            sums = _add(self._reduce(self._sums + 0).tolist(), self._carried)
+        return {
+            "version": 1,
+            "step": self.step,
+            "first": self._first,
+            "sampler": self.sampler.state_dict(after=None if self._batch is None else self.step - 1),
+            "controller": None if self._state is None else self._state.to_json(),
+            "sums": sums,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken. A state without controller keeps this one unstarted;
+        a session without controller (a branch that holds its weights) ignores the state of one.
+        """
+        if state.get("version") != 1:
+            raise ConfigError(
+                f"session state of version {state.get('version')!r}; this velopath reads version 1"
+            )
+        self.sampler.load_state_dict(state["sampler"])
+        self.step, self._first, self._batch = int(state["step"]), int(state["first"]), None
+        self._sums, self._carried = None, state["sums"]
+        if self.controller is not None and state["controller"] is not None:
+            self._state = self.controller.state_from_json(state["controller"])
+
+
+def _add(a: list[list[float]], b: list[list[float]] | None) -> list[list[float]]:
+    if b is None:
+        return a
+    return [[x + y for x, y in zip(row, other, strict=True)] for row, other in zip(a, b, strict=True)]

@@ -1,0 +1,102 @@
+"""One optimiser step: forward with per-domain loss, backward, clip, AdamW at the path's rate. No host sync.
+
+Shapes: B rows of this rank, T tokens a row, V vocabulary, K domains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from velopath.dist import Dist
+from velopath.loss import linear_domain_cross_entropy
+from velopath.model import Decoder
+from velopath.optim import clip_grad_norm, set_rate
+
+
+class LossModel(nn.Module):
+    """Decoder and per-domain loss as one module, so that DDP and torch.compile see both."""
+
+    def __init__(self, decoder: Decoder, n_domains: int) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.n_domains = n_domains
+
+    def forward(self, tokens_BT1: Tensor, domains_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss in nats per token and (2, K) sums of nats and tokens for rows of T+1 token ids."""
+        hidden_BTD = self.decoder(tokens_BT1[:, :-1])
+        targets_N = tokens_BT1[:, 1:].reshape(-1).long()
+        return linear_domain_cross_entropy(
+            hidden_BTD.flatten(0, 1),
+            self.decoder.unembed_weight,
+            targets_N,
+            domains_B,
+            n_domains=self.n_domains,
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves on the device: `loss` () nats per token of this rank, `sums` (2, K), `grad_norm` ()."""
+
+    loss: Tensor
+    sums: Tensor
+    grad_norm: Tensor
+
+
+class TrainStep:
+    """Callable (tokens (B, T+1), domains (B,), rate) -> StepResult, updating model and optimiser.
+
+    Rows are cut into micro-batches of `micro_rows`; every row holds T tokens, so the mean over micro-batches (and
+    over ranks, by DDP) is the mean over tokens. A gradient norm that is not finite skips the update on the device,
+    on all ranks alike; the caller sees the norm and decides.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        optimizer: torch.optim.Optimizer,
+        *,
+        n_domains: int,
+        dist: Dist,
+        micro_rows: int | None = None,
+        clip: float = 1.0,
+        bf16: bool = False,
+        compile: bool = False,
+    ) -> None:
+        self.optimizer, self.device = optimizer, dist.device
+        self._parameters = [p for p in decoder.parameters() if p.requires_grad]
+        self._micro_rows, self._clip, self._bf16 = micro_rows, clip, bf16
+        module: nn.Module = LossModel(decoder, n_domains)
+        if dist.world > 1:
+            ids = [dist.device.index] if dist.device.type == "cuda" else None
+            module = DistributedDataParallel(module, device_ids=ids)
+        self._ddp = module if isinstance(module, DistributedDataParallel) else None
+        self._module = cast(nn.Module, torch.compile(module)) if compile else module
+
+    def __call__(self, tokens: Tensor, domains: Tensor, rate: float) -> StepResult:
+        rows = self._micro_rows or len(tokens)
+        parts = list(zip(tokens.split(rows), domains.split(rows), strict=True))
+        loss = sums = None
+        for i, (tokens_BT1, domains_B) in enumerate(parts):
+            if self._ddp is not None:
+                self._ddp.require_backward_grad_sync = i == len(parts) - 1
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+                part_loss, part_sums = self._module(tokens_BT1, domains_B)
+            part_loss = part_loss / len(parts)
+            part_loss.backward()
+            part_loss = part_loss.detach()
+            loss = part_loss if loss is None else loss + part_loss
+            sums = part_sums if sums is None else sums + part_sums
+        assert loss is not None and sums is not None
+        grad_norm = clip_grad_norm(self._parameters, self._clip or None)
+        set_rate(self.optimizer, rate)
+        # Fused AdamW leaves parameters, moments and step count alone where found_inf is 1 (torch.amp's contract).
+        self.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, sums, grad_norm)
