@@ -1,3 +1,292 @@
+// velopath._core, the sampler: argument checks, GIL release, numpy buffers that return to their pool, errors.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <unistd.h>
+
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "draw.h"
+#include "errors.h"
+#include "sampler.h"
+#include "token_stream.h"
+
 namespace py = pybind11;
-void bind_sampler(py::module_&) {}
+using namespace velopath;
+
+namespace {
+
+using Tokens = py::array_t<std::int32_t, py::array::c_style>;
+
+void raise(const char* name, const std::string& message, const py::dict& place = py::dict()) {
+    const py::object kind = py::module_::import("velopath.errors").attr(name);
+    const py::object error = kind(message, **place);
+    PyErr_SetObject(kind.ptr(), error.ptr());
+}
+
+void translate(std::exception_ptr pending) {
+    try {
+        if (pending) std::rethrow_exception(pending);
+    } catch (const DataError& e) {
+        py::dict place;
+        place["path"] = e.path;
+        if (e.sample >= 0) place["sample"] = e.sample;
+        if (!e.field.empty()) place["field"] = e.field;
+        raise("DataError", e.what(), place);
+    } catch (const ConfigError& e) {
+        raise("ConfigError", e.what());
+    } catch (const PushRejectedError& e) {
+        raise("PushRejectedError", e.what());
+    } catch (const VelopathError& e) {
+        raise("VelopathError", e.what());
+    }
+}
+
+// A buffer and the array that owns its memory. Used with the GIL held only.
+struct OwnedBuffer : Buffer {
+    py::object owner;
+};
+
+// Buffers that are neither in the ring nor with the user. Shared with every array handed out, so that those outlive the
+// sampler. Used with the GIL held only, which is also its lock.
+class Pool : public std::enable_shared_from_this<Pool> {
+public:
+    Pool(py::object allocate, py::ssize_t rows, py::ssize_t width) : allocate_(std::move(allocate)), rows_(rows), width_(width) {}
+
+    OwnedBuffer* take() {
+        if (!free_.empty()) {
+            OwnedBuffer* const buffer = free_.back();
+            free_.pop_back();
+            return buffer;
+        }
+        py::object array = allocate_(py::make_tuple(rows_, width_));
+        const bool fits = py::isinstance<py::array>(array) && py::array(array).dtype().is(py::dtype::of<std::int32_t>()) &&
+                          py::array(array).ndim() == 2 && py::array(array).shape(0) == rows_ && py::array(array).shape(1) == width_ &&
+                          (py::array(array).flags() & py::array::c_style) && py::array(array).writeable();
+        if (!fits)
+            throw ConfigError("allocate((" + std::to_string(rows_) + ", " + std::to_string(width_) + ")) returned " +
+                              py::repr(py::type::of(array)).cast<std::string>() +
+                              "; expected a writable C-contiguous numpy array of that shape and dtype int32");
+        all_.push_back(std::make_unique<OwnedBuffer>());
+        all_.back()->tokens = static_cast<std::int32_t*>(py::array(array).mutable_data());
+        all_.back()->owner = std::move(array);
+        return all_.back().get();
+    }
+
+    void give(OwnedBuffer* buffer) { free_.push_back(buffer); }
+
+    // The buffer as an array; when the array and all its views are gone the buffer comes back.
+    py::object hand_out(OwnedBuffer* buffer) {
+        auto* loan = new Loan{shared_from_this(), buffer};
+        py::capsule base(loan, [](void* p) {
+            const std::unique_ptr<Loan> done(static_cast<Loan*>(p));
+            done->pool->give(done->buffer);
+        });
+        return py::array_t<std::int32_t>({rows_, width_}, buffer->tokens, base);
+    }
+
+private:
+    struct Loan {
+        std::shared_ptr<Pool> pool;
+        OwnedBuffer* buffer;
+    };
+    py::object allocate_;
+    py::ssize_t rows_, width_;
+    std::vector<std::unique_ptr<OwnedBuffer>> all_;
+    std::vector<OwnedBuffer*> free_;
+};
+
+// The core's sampler with its pool; refuses work in a forked child, where the reader threads do not exist.
+class Handle {
+public:
+    Handle(std::vector<std::shared_ptr<const TokenStream>> streams, std::vector<u64> keys, const Settings& s, std::vector<u64> shares,
+           py::object allocate)
+        : pid_(::getpid()), pool_(std::make_shared<Pool>(std::move(allocate), static_cast<py::ssize_t>(s.rows),
+                                                          static_cast<py::ssize_t>(s.row_tokens + 1))) {
+        std::vector<Buffer*> ring;
+        for (u64 i = 0; i < Sampler::ring_size(s); ++i) ring.push_back(pool_->take());
+        sampler_ = std::make_unique<Sampler>(std::move(streams), std::move(keys), s, std::move(shares), std::move(ring));
+    }
+
+    ~Handle() {
+        if (::getpid() != pid_) {  // its threads and locks stayed in the parent: neither joined nor freed here
+            static_cast<void>(sampler_.release());
+            return;
+        }
+        const py::gil_scoped_release free;
+        sampler_.reset();
+    }
+
+    Sampler& core() const {
+        if (::getpid() != pid_)
+            throw VelopathError("the sampler was opened in process " + std::to_string(pid_) + ", this is its fork " +
+                                std::to_string(::getpid()) + "; open the sampler after forking");
+        return *sampler_;
+    }
+
+    py::object next() {
+        Sampler& sampler = core();
+        OwnedBuffer* const spare = pool_->take();
+        std::optional<Handed> handed;
+        try {
+            const py::gil_scoped_release free;
+            handed = sampler.next(spare, [] {
+                const py::gil_scoped_acquire hold;
+                if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+            });
+        } catch (...) {
+            pool_->give(spare);
+            throw;
+        }
+        if (!handed) {
+            pool_->give(spare);
+            return py::none();
+        }
+        const auto rows = static_cast<py::ssize_t>(handed->domains.size());
+        return py::make_tuple(pool_->hand_out(static_cast<OwnedBuffer*>(handed->buffer)),
+                              py::array_t<std::int32_t>(rows, handed->domains.data()), handed->step, handed->weights_id,
+                              py::array_t<std::int64_t>(rows, handed->row_ids.data()));
+    }
+
+    void close() {
+        if (::getpid() != pid_) return;
+        const py::gil_scoped_release free;
+        sampler_->close();
+    }
+
+private:
+    const int pid_;
+    std::shared_ptr<Pool> pool_;
+    std::unique_ptr<Sampler> sampler_;
+};
+
+// Every call takes the sampler's mutex, so none may hold the GIL meanwhile: a worker never wants the GIL, but a poll does.
+template <class F>
+auto unlocked(const Handle& handle, F&& call) {
+    Sampler& sampler = handle.core();
+    const py::gil_scoped_release free;
+    return call(sampler);
+}
+
+using ShardTuple = std::tuple<std::string, u64, u64, std::vector<std::string>, std::vector<i64>, std::size_t, bool, unsigned, std::optional<u64>>;
+
+std::shared_ptr<const TokenStream> open_stream(const std::vector<ShardTuple>& shards, std::optional<std::int32_t> eos) {
+    std::vector<ShardSpec> specs;
+    for (const auto& [path, samples, bytes, names, sizes, column, plain, code, length] : shards)
+        specs.push_back({path, samples, bytes, names, sizes, column, {plain, type_of_code(code), length}});
+    const py::gil_scoped_release free;
+    return std::make_shared<const TokenStream>(std::move(specs), eos);
+}
+
+Tokens read_stream(const TokenStream& stream, u64 position, u64 count) {
+    if (position >= stream.tokens())
+        throw ConfigError("position " + std::to_string(position) + " is not below the stream's " + std::to_string(stream.tokens()) + " tokens");
+    Tokens out(static_cast<py::ssize_t>(count));
+    std::int32_t* const data = out.mutable_data();
+    const py::gil_scoped_release free;
+    stream.read(position, count, data);
+    return out;
+}
+
+std::shared_ptr<Handle> open_sampler(std::vector<std::shared_ptr<const TokenStream>> streams, std::vector<u64> keys, std::vector<u64> shares,
+                                     u64 seed, u64 rank, u64 world, u64 rows, u64 row_tokens, const std::string& exhaustion,
+                                     u64 start_step, u64 threads, u64 prefetch, double stall_seconds, py::object allocate) {
+    if (streams.empty() || streams.size() != keys.size() || streams.size() != shares.size() || rank >= world || rows == 0 ||
+        row_tokens == 0 || prefetch == 0)
+        throw ConfigError("the arguments of the sampler do not fit each other");
+    const Exhaustion policy = exhaustion == "repeat"        ? Exhaustion::repeat
+                              : exhaustion == "renormalise" ? Exhaustion::renormalise
+                                                            : Exhaustion::stop;
+    const Settings settings{seed, rank, world, rows, row_tokens, policy, start_step, threads, prefetch, stall_seconds};
+    return std::make_shared<Handle>(std::move(streams), std::move(keys), settings, std::move(shares), std::move(allocate));
+}
+
+using MixTuple = std::tuple<u64, u64, std::vector<u64>>;
+
+py::array_t<i64> count_rows(const Handle& handle, u64 steps) {
+    const auto counts = unlocked(handle, [steps](Sampler& s) { return s.count(steps); });
+    const u64 k = handle.core().domain_count();
+    py::array_t<i64> out({static_cast<py::ssize_t>(counts.size()), static_cast<py::ssize_t>(k)});
+    i64* at = out.mutable_data();
+    for (const auto& row : counts)
+        for (const u64 n : row) *at++ = static_cast<i64>(n);
+    return out;
+}
+
+void load_state(const Handle& handle, u64 step, std::vector<u64> drawn, std::vector<i64> error, const std::vector<MixTuple>& mixes) {
+    std::vector<Mix> loaded;
+    for (const auto& [id, from_step, shares] : mixes) loaded.push_back({id, from_step, shares});
+    unlocked(handle, [&](Sampler& s) { s.load({step, std::move(drawn), std::move(error)}, std::move(loaded)); });
+}
+
+py::array_t<i64> permute(const py::array_t<i64, py::array::c_style | py::array::forcecast>& items, u64 n, u64 key) {
+    const Bijection bijection(n, key);
+    py::array_t<i64> out(items.size());
+    for (py::ssize_t i = 0; i < items.size(); ++i) {
+        if (items.at(i) < 0 || static_cast<u64>(items.at(i)) >= n) throw ConfigError("an item is outside [0, n)");
+        out.mutable_at(i) = static_cast<i64>(bijection(static_cast<u64>(items.at(i))));
+    }
+    return out;
+}
+
+std::pair<std::vector<std::size_t>, std::vector<i64>> give_rows(const std::vector<u64>& shares, std::vector<i64> error, u64 rows) {
+    if (shares.size() != error.size()) throw ConfigError("shares and errors differ in number");
+    std::vector<std::size_t> given;
+    for (u64 i = 0; i < rows; ++i) given.push_back(give_row(shares, error));
+    return {std::move(given), std::move(error)};
+}
+
+}  // namespace
+
+void bind_sampler(py::module_& m) {
+    py::register_local_exception_translator(&translate);
+    py::class_<TokenStream, std::shared_ptr<TokenStream>>(m, "TokenStream")
+        .def(py::init([](const std::vector<ShardTuple>& shards, std::optional<std::int32_t> eos) {
+                 return std::const_pointer_cast<TokenStream>(open_stream(shards, eos));
+             }),
+             py::arg("shards"), py::arg("eos"))
+        .def_property_readonly("tokens", &TokenStream::tokens)
+        .def_property_readonly("documents", &TokenStream::documents)
+        .def("read", &read_stream, py::arg("position"), py::arg("count"));
+    py::class_<Handle, std::shared_ptr<Handle>>(m, "Sampler")
+        .def(py::init([](const std::vector<std::shared_ptr<TokenStream>>& streams, std::vector<u64> keys, std::vector<u64> shares, u64 seed,
+                         u64 rank, u64 world, u64 rows, u64 row_tokens, const std::string& exhaustion, u64 start_step, u64 threads,
+                         u64 prefetch, double stall_seconds, py::object allocate) {
+                 return open_sampler({streams.begin(), streams.end()}, std::move(keys), std::move(shares), seed, rank, world, rows, row_tokens,
+                                     exhaustion, start_step, threads, prefetch, stall_seconds, std::move(allocate));
+             }),
+             py::arg("streams"), py::kw_only(), py::arg("keys"), py::arg("shares"), py::arg("seed"), py::arg("rank"), py::arg("world"),
+             py::arg("rows"), py::arg("row_tokens"), py::arg("exhaustion"), py::arg("start_step"), py::arg("threads"), py::arg("prefetch"),
+             py::arg("stall_seconds"), py::arg("allocate"))
+        .def("next", &Handle::next)
+        .def("close", &Handle::close)
+        .def_property_readonly("step", [](const Handle& h) { return unlocked(h, [](Sampler& s) { return s.step(); }); })
+        .def("begin_push", [](const Handle& h, std::optional<u64> at) { return unlocked(h, [at](Sampler& s) { return s.begin_push(at); }); },
+             py::arg("at_step"))
+        .def("commit_push",
+             [](const Handle& h, std::vector<u64> shares) { unlocked(h, [&](Sampler& s) { s.commit_push(std::move(shares)); }); },
+             py::arg("shares"))
+        .def("abort_push", [](const Handle& h) { unlocked(h, [](Sampler& s) { s.abort_push(); }); })
+        .def("cursor_at",
+             [](const Handle& h, u64 step) {
+                 const Cursor c = unlocked(h, [step](Sampler& s) { return s.cursor_at(step); });
+                 return std::make_pair(c.drawn, c.error);
+             },
+             py::arg("step"))
+        .def("mixes_at",
+             [](const Handle& h, u64 step) {
+                 std::vector<MixTuple> result;
+                 for (const Mix& mix : unlocked(h, [step](Sampler& s) { return s.mixes_at(step); }))
+                     result.emplace_back(mix.id, mix.from_step, mix.shares);
+                 return result;
+             },
+             py::arg("step"))
+        .def("oldest_mix", [](const Handle& h) { return unlocked(h, [](Sampler& s) { return s.oldest_mix(); }); })
+        .def("count", &count_rows, py::arg("steps"))
+        .def("load", &load_state, py::arg("step"), py::arg("drawn"), py::arg("error"), py::arg("mixes"));
+    m.def("permute", &permute, py::arg("items"), py::arg("n"), py::arg("key"));
+    m.def("give_rows", &give_rows, py::arg("shares"), py::arg("error"), py::arg("rows"));
+}

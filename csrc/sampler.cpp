@@ -1,0 +1,289 @@
+#include "sampler.h"
+
+#include <algorithm>
+#include <chrono>
+#include <string>
+#include <utility>
+
+#include "errors.h"
+
+namespace velopath {
+
+namespace {
+
+std::vector<Domain> describe(const std::vector<std::shared_ptr<const TokenStream>>& streams, const std::vector<u64>& keys) {
+    std::vector<Domain> domains;
+    for (std::size_t k = 0; k < streams.size(); ++k) domains.push_back({keys.at(k), streams[k]->tokens()});
+    return domains;
+}
+
+}  // namespace
+
+Sampler::Sampler(std::vector<std::shared_ptr<const TokenStream>> streams, std::vector<u64> keys, const Settings& settings,
+                 std::vector<u64> shares, std::vector<Buffer*> buffers)
+    : streams_(std::move(streams)), settings_(settings),
+      planner_(describe(streams_, keys), settings.seed, settings.rows * settings.world, settings.row_tokens, settings.exhaustion),
+      slots_(ring_size(settings)), handed_(settings.start_step), planned_(settings.start_step) {
+    for (std::size_t k = 0; k < streams_.size(); ++k)
+        if (planner_.epoch_rows(k) == 0) throw ConfigError("a domain has fewer tokens than a row");
+    for (std::size_t i = 0; i < slots_.size(); ++i) slots_[i].buffer = buffers.at(i);
+    cursors_.push_back({settings.start_step, std::vector<u64>(streams_.size(), 0), std::vector<i64>(streams_.size(), 0)});
+    mixes_.push_back({0, settings.start_step, std::move(shares)});
+    for (u64 i = 0; i < settings.threads; ++i) threads_.emplace_back([this] { work(); });
+}
+
+Sampler::~Sampler() { close(); }
+
+void Sampler::close() {
+    {
+        const Lock lock(mutex_);
+        stopping_ = true;
+    }
+    space_.notify_all();
+    ready_.notify_all();
+    for (std::thread& thread : threads_)
+        if (thread.joinable()) thread.join();
+}
+
+void Sampler::check_open() const {
+    if (stopping_) throw VelopathError("the sampler is closed");
+    if (fatal_) std::rethrow_exception(fatal_);
+}
+
+// ---- planning and assembling: called with the mutex held
+
+const Mix& Sampler::mix_at(u64 step) const {
+    std::size_t i = mixes_.size() - 1;
+    while (i > 0 && mixes_[i].from_step > step) --i;
+    return mixes_[i];
+}
+
+bool Sampler::can_plan() {
+    return !ended_ && planned_ < handed_ + slots_.size() && slot_of(planned_).state == State::empty;
+}
+
+void Sampler::plan_one(Slot& slot) {
+    Cursor cursor = cursors_.back();
+    const Mix& mix = mix_at(planned_);
+    if (!planner_.draw(cursor, mix.shares, drawn_)) {
+        ended_ = true;
+        ready_.notify_all();
+        return;
+    }
+    const auto begin = drawn_.begin() + static_cast<std::ptrdiff_t>(settings_.rank * settings_.rows);
+    slot.plan.assign(begin, begin + static_cast<std::ptrdiff_t>(settings_.rows));
+    slot.content.step = planned_++;
+    slot.content.weights_id = mix.id;
+    slot.state = State::busy;
+    slot.stale = false;
+    slot.error = nullptr;
+    cursors_.push_back(std::move(cursor));
+}
+
+void Sampler::assemble(Slot& slot) const {
+    slot.content.domains.resize(slot.plan.size());
+    slot.content.row_ids.resize(slot.plan.size());
+    std::int32_t* out = slot.buffer->tokens;
+    for (std::size_t r = 0; r < slot.plan.size(); ++r, out += settings_.row_tokens + 1) {
+        const Place place = planner_.place(slot.plan[r]);
+        streams_[slot.plan[r].domain]->read(place.position, settings_.row_tokens + 1, out);
+        slot.content.domains[r] = static_cast<std::int32_t>(slot.plan[r].domain);
+        slot.content.row_ids[r] = static_cast<std::int64_t>(place.id);
+    }
+}
+
+// Plans up to `most` steps and assembles them one by one, without the mutex. Several steps for one wake-up: a thread's
+// wake-up takes about as long as assembling one.
+void Sampler::run_ahead(Lock& lock, u64 most) {
+    const u64 first = planned_;
+    while (planned_ < first + most && can_plan()) plan_one(slot_of(planned_));
+    const u64 behind = planned_;
+    bool freed = false;
+    for (u64 step = first; step < behind; ++step) {
+        Slot& slot = slot_of(step);  // busy, so nobody else uses it, whatever happens to planned_
+        if (!slot.stale && !stopping_) {
+            lock.unlock();
+            try {
+                assemble(slot);
+            } catch (...) {
+                slot.error = std::current_exception();
+            }
+            lock.lock();
+        }
+        slot.state = slot.stale ? State::empty : slot.error ? State::failed : State::ready;
+        freed = freed || slot.stale;
+        ++done_;
+        ready_.notify_all();
+    }
+    if (freed) space_.notify_all();
+}
+
+void Sampler::work() {
+    Lock lock(mutex_);
+    try {
+        while (true) {
+            space_.wait(lock, [this] { return stopping_ || can_plan(); });
+            if (stopping_) return;
+            run_ahead(lock, std::max<u64>(1, slots_.size() / (2 * settings_.threads)));
+        }
+    } catch (...) {
+        if (!lock.owns_lock()) lock.lock();
+        fatal_ = std::current_exception();
+        ready_.notify_all();
+    }
+}
+
+// Drops what is planned or assembled for `step` and later ones; a worker in the midst of one frees its slot itself.
+void Sampler::drop_from(u64 step) {
+    for (Slot& slot : slots_) {
+        if (slot.state == State::empty || slot.content.step < step) continue;
+        if (slot.state == State::busy) slot.stale = true;
+        else slot.state = State::empty;
+    }
+    ended_ = false;
+    space_.notify_all();
+    ready_.notify_all();
+}
+
+// ---- the caller's side
+
+std::optional<Handed> Sampler::next(Buffer* spare, const std::function<void()>& poll) {
+    using Clock = std::chrono::steady_clock;
+    constexpr auto SLICE = std::chrono::milliseconds(100);
+    Lock lock(mutex_);
+    u64 done = done_;
+    auto since = Clock::now(), polled = since;
+    while (true) {
+        check_open();
+        Slot& slot = slot_of(handed_);
+        const bool here = handed_ < planned_ && !gate_;
+        if (here && slot.state == State::failed) std::rethrow_exception(slot.error);
+        if (here && slot.state == State::ready) break;
+        if (ended_ && planned_ == handed_ && !gate_) return std::nullopt;
+        if (settings_.threads == 0 && !gate_ && can_plan()) {
+            run_ahead(lock, 1);
+            continue;
+        }
+        space_.notify_one();
+        ready_.wait_for(lock, SLICE);
+        const auto now = Clock::now();
+        if (done_ != done) done = done_, since = now;
+        const double waited = std::chrono::duration<double>(now - since).count();
+        if (waited > settings_.stall_seconds)
+            throw VelopathError("no reader thread finished a step for " + std::to_string(waited) + " s while waiting for step " +
+                                std::to_string(handed_) + "; is the storage hanging? Calling next again goes on waiting");
+        if (now - polled < SLICE) continue;
+        lock.unlock();
+        poll();
+        lock.lock();
+        polled = now;
+    }
+    Slot& slot = slot_of(handed_);
+    Handed handed = slot.content;
+    handed.buffer = std::exchange(slot.buffer, spare);
+    slot.state = State::empty;
+    ++handed_;
+    while (cursors_.front().step + KEPT < handed_) cursors_.pop_front();
+    while (mixes_.size() > 1 && mixes_[1].from_step <= cursors_.front().step) mixes_.erase(mixes_.begin());
+    if (settings_.threads > 0 && 2 * (planned_ - handed_) <= slots_.size()) space_.notify_one();
+    return handed;
+}
+
+void Sampler::open_gate(Lock& lock) {
+    gate_ = false;
+    lock.unlock();
+    ready_.notify_all();
+}
+
+std::pair<u64, u64> Sampler::begin_push(std::optional<u64> at_step) {
+    Lock lock(mutex_);
+    check_open();
+    if (gate_) throw PushRejectedError("another push is being recorded");
+    const u64 step = at_step.value_or(handed_);
+    const Mix& last = mixes_.back();
+    const std::string at = "push for step " + std::to_string(step);
+    if (step < handed_)
+        throw PushRejectedError(at + " is late: the next step not handed out is " + std::to_string(handed_));
+    if (last.id > 0 && step == last.from_step)
+        throw PushRejectedError(at + " is a duplicate: weights " + std::to_string(last.id) + " take effect at that step");
+    if (last.id > 0 && step < last.from_step)
+        throw PushRejectedError(at + " is out of order: weights " + std::to_string(last.id) + " are pushed for step " +
+                                std::to_string(last.from_step));
+    gate_ = true;
+    pushed_step_ = step;
+    return {step, last.id + 1};
+}
+
+void Sampler::commit_push(std::vector<u64> shares) {
+    Lock lock(mutex_);
+    mixes_.push_back({mixes_.back().id + 1, pushed_step_, std::move(shares)});
+    if (pushed_step_ <= planned_) {
+        drop_from(pushed_step_);
+        while (cursors_.back().step > pushed_step_) cursors_.pop_back();
+        planned_ = pushed_step_;
+    }
+    open_gate(lock);
+}
+
+void Sampler::abort_push() {
+    Lock lock(mutex_);
+    open_gate(lock);
+}
+
+u64 Sampler::step() const {
+    const Lock lock(mutex_);
+    return handed_;
+}
+
+Cursor Sampler::cursor_at(u64 step) const {
+    const Lock lock(mutex_);
+    if (step > handed_)
+        throw ConfigError("step " + std::to_string(step) + " is not reached; the next one is " + std::to_string(handed_));
+    if (step < cursors_.front().step)
+        throw ConfigError("the state before step " + std::to_string(step) + " is not kept; the oldest one is that before step " +
+                          std::to_string(cursors_.front().step));
+    return cursors_[step - cursors_.front().step];
+}
+
+std::vector<Mix> Sampler::mixes_at(u64 step) const {
+    const Lock lock(mutex_);
+    std::vector<Mix> result{mix_at(step)};
+    for (const Mix& mix : mixes_)
+        if (mix.from_step > step && mix.id > result.front().id) result.push_back(mix);
+    return result;
+}
+
+u64 Sampler::oldest_mix() const {
+    const Lock lock(mutex_);
+    return mixes_.front().id;
+}
+
+std::vector<std::vector<u64>> Sampler::count(u64 steps) const {
+    Lock lock(mutex_);
+    Cursor cursor = cursors_[handed_ - cursors_.front().step];
+    const std::vector<Mix> mixes = mixes_;
+    lock.unlock();
+    std::vector<std::vector<u64>> result;
+    std::vector<Row> rows;
+    for (u64 i = 0; i < steps; ++i) {
+        std::size_t m = mixes.size() - 1;
+        while (m > 0 && mixes[m].from_step > cursor.step) --m;
+        const std::vector<u64> before = cursor.drawn;
+        if (!planner_.draw(cursor, mixes[m].shares, rows)) break;
+        result.push_back(cursor.drawn);
+        for (std::size_t k = 0; k < before.size(); ++k) result.back()[k] -= before[k];
+    }
+    return result;
+}
+
+void Sampler::load(Cursor cursor, std::vector<Mix> mixes) {
+    const Lock lock(mutex_);
+    check_open();
+    if (gate_) throw ConfigError("a push is being recorded");
+    drop_from(0);
+    handed_ = planned_ = cursor.step;
+    cursors_.assign(1, std::move(cursor));
+    mixes_ = std::move(mixes);
+}
+
+}  // namespace velopath

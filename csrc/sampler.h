@@ -1,0 +1,122 @@
+// Steps handed out in order, assembled ahead by threads that know no Python, and planned again when the shares change.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "planner.h"
+#include "token_stream.h"
+
+namespace velopath {
+
+// Memory for rows x (row_tokens + 1) tokens, owned by the caller.
+struct Buffer {
+    std::int32_t* tokens = nullptr;
+};
+
+struct Settings {
+    u64 seed = 0;
+    u64 rank = 0, world = 1;
+    u64 rows = 0, row_tokens = 0;  // rows of this rank in a step; a row holds row_tokens + 1 tokens
+    Exhaustion exhaustion = Exhaustion::repeat;
+    u64 start_step = 0;
+    u64 threads = 1;   // 0: next() assembles
+    u64 prefetch = 8;  // steps ahead
+    double stall_seconds = 30;
+};
+
+// A step of this rank, its tokens in `buffer`.
+struct Handed {
+    Buffer* buffer = nullptr;
+    u64 step = 0, weights_id = 0;
+    std::vector<std::int32_t> domains;
+    std::vector<std::int64_t> row_ids;
+};
+
+class Sampler {
+public:
+    // The buffers are for the ring, `ring_size(settings)` of them.
+    Sampler(std::vector<std::shared_ptr<const TokenStream>> streams, std::vector<u64> keys, const Settings& settings,
+            std::vector<u64> shares, std::vector<Buffer*> buffers);
+    ~Sampler();
+    static u64 ring_size(const Settings& s) { return s.threads > 0 ? s.prefetch : 1; }
+
+    // The next step, or nothing where the stream ends. `spare` goes into the ring for the buffer that comes out; when
+    // this throws or returns nothing it stays the caller's. `poll` is called about every 100 ms of waiting and may throw.
+    std::optional<Handed> next(Buffer* spare, const std::function<void()>& poll);
+
+    // A push in two parts, so that it can be put on record before it has an effect: no step is handed out in between.
+    // begin_push checks and returns the step and the id of the new mix.
+    std::pair<u64, u64> begin_push(std::optional<u64> at_step);
+    void commit_push(std::vector<u64> shares);
+    void abort_push();
+
+    u64 domain_count() const { return streams_.size(); }
+    u64 step() const;                     // the next step
+    Cursor cursor_at(u64 step) const;     // the state before a step: the next one, or one of the last KEPT handed out
+    std::vector<Mix> mixes_at(u64 step) const;  // the mix in force for that step, then those pushed for later ones
+    u64 oldest_mix() const;
+    std::vector<std::vector<u64>> count(u64 steps) const;  // rows of each domain in the coming steps; the cursor stays
+
+    // Continues at `cursor`; `mixes` as from mixes_at. Everything assembled is dropped.
+    void load(Cursor cursor, std::vector<Mix> mixes);
+
+    void close();  // ends the threads; every later call throws
+
+    static constexpr u64 KEPT = 64;
+
+private:
+    enum class State { empty, busy, ready, failed };
+    struct Slot {
+        State state = State::empty;
+        Buffer* buffer = nullptr;
+        bool stale = false;  // busy for nothing: its step is to be planned again
+        Handed content;
+        std::vector<Row> plan;
+        std::exception_ptr error;
+    };
+    using Lock = std::unique_lock<std::mutex>;
+
+    void work();
+    bool can_plan();
+    void run_ahead(Lock& lock, u64 most);
+    void plan_one(Slot& slot);
+    void assemble(Slot& slot) const;
+    void drop_from(u64 step);
+    void check_open() const;
+    void open_gate(Lock& lock);
+    const Mix& mix_at(u64 step) const;
+    Slot& slot_of(u64 step) { return slots_[step % slots_.size()]; }
+
+    const std::vector<std::shared_ptr<const TokenStream>> streams_;
+    const Settings settings_;
+    const Planner planner_;
+
+    mutable std::mutex mutex_;
+    std::condition_variable space_;  // for workers: steps may be planned
+    std::condition_variable ready_;  // for next(): a step is done, or the gate opened
+    std::deque<Cursor> cursors_;     // before each kept step; the last one is where planning stands
+    std::vector<Mix> mixes_;         // by from_step; the first is in force at the oldest kept step
+    std::vector<Slot> slots_;        // step s lives in slot s mod size
+    std::vector<Row> drawn_;         // global rows of the step being planned
+    u64 handed_;                     // the next step to hand out
+    u64 planned_;                    // the next step to plan
+    u64 done_ = 0;                   // steps assembled, to tell slow from stalled
+    bool ended_ = false;              // step planned_ cannot be filled
+    bool gate_ = false;               // a push is between begin and commit
+    bool stopping_ = false;
+    u64 pushed_step_ = 0;
+    std::exception_ptr fatal_;
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace velopath

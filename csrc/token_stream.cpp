@@ -1,0 +1,58 @@
+#include "token_stream.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace velopath {
+
+TokenStream::TokenStream(std::vector<ShardSpec> specs, std::optional<std::int32_t> eos) : eos_(eos) {
+    parts_.reserve(specs.size());
+    for (ShardSpec& spec : specs) {
+        Shard shard(std::move(spec));
+        const std::uint64_t first_token = tokens_;
+        const std::size_t first_mark = marks_.size();
+        for (std::uint64_t begin = 0; begin < shard.samples(); begin += STRIDE) {
+            marks_.push_back(tokens_);
+            const std::uint64_t end = std::min(begin + STRIDE, shard.samples());
+            for (std::uint64_t i = begin; i < end; ++i) tokens_ += length(shard, i);
+        }
+        documents_ += shard.samples();
+        if (tokens_ == first_token) marks_.resize(first_mark);
+        else parts_.push_back({std::move(shard), first_token, first_mark});
+    }
+    marks_.shrink_to_fit();
+}
+
+void TokenStream::read(std::uint64_t position, std::uint64_t count, std::int32_t* out) const {
+    const auto part_at = std::upper_bound(parts_.begin(), parts_.end(), position,
+                                          [](std::uint64_t p, const Part& part) { return p < part.first_token; });
+    auto part = part_at - 1;
+    const auto marks_end = part_at == parts_.end() ? marks_.end() : marks_.begin() + static_cast<std::ptrdiff_t>(part_at->first_mark);
+    const auto marks_begin = marks_.begin() + static_cast<std::ptrdiff_t>(part->first_mark);
+    const auto mark = std::upper_bound(marks_begin, marks_end, position) - 1;
+    std::uint64_t i = static_cast<std::uint64_t>(mark - marks_begin) * STRIDE;
+    std::uint64_t skip = position - *mark;  // tokens between the start of document i and the position
+    for (std::uint64_t here = length(part->shard, i); skip >= here; here = length(part->shard, ++i)) skip -= here;
+
+    while (count > 0) {
+        const Document document = part->shard.document(i);
+        if (skip < document.tokens) {
+            const std::uint64_t take = std::min(count, document.tokens - skip);
+            part->shard.copy(i, document, skip, take, out);
+            out += take;
+            count -= take;
+            skip += take;
+        }
+        if (eos_ && count > 0 && skip == document.tokens) {
+            *out++ = *eos_;
+            --count;
+        }
+        skip = 0;
+        if (++i == part->shard.samples()) {
+            i = 0;
+            if (++part == parts_.end()) part = parts_.begin();
+        }
+    }
+}
+
+}  // namespace velopath

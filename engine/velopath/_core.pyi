@@ -1,0 +1,67 @@
+"""The compiled core: the streaming sampler and the CPU rows of the loss."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+# path, samples, raw bytes, column names, column bytes (-1: variable), token column, plain values (no stored shape),
+# type code of MDS (0: stored with each sample), length where the encoding has it
+_Shard = tuple[str, int, int, Sequence[str], Sequence[int], int, bool, int, int | None]
+_Mix = tuple[int, int, Sequence[int]]  # id, first step, shares summing to 2^32
+
+class TokenStream:
+    """The documents of one domain as one circular stream of tokens, each followed by `eos` if that is given."""
+
+    def __init__(self, shards: Sequence[_Shard], eos: int | None) -> None: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def documents(self) -> int: ...
+    def read(self, position: int, count: int) -> NDArray[np.int32]: ...
+
+class Sampler:
+    """Steps in order, assembled ahead by threads; `velopath.stream.Sampler` is its public face."""
+
+    def __init__(
+        self,
+        streams: Sequence[TokenStream],
+        *,
+        keys: Sequence[int],
+        shares: Sequence[int],
+        seed: int,
+        rank: int,
+        world: int,
+        rows: int,
+        row_tokens: int,
+        exhaustion: str,
+        start_step: int,
+        threads: int,
+        prefetch: int,
+        stall_seconds: float,
+        allocate: Callable[[tuple[int, int]], NDArray[np.int32]],
+    ) -> None: ...
+    def next(self) -> tuple[NDArray[np.int32], NDArray[np.int32], int, int, NDArray[np.int64]] | None:
+        """Tokens, domains, step, id of the weights, row ids; None where the stream ends."""
+
+    def close(self) -> None: ...
+    @property
+    def step(self) -> int: ...
+    def begin_push(self, at_step: int | None) -> tuple[int, int]:
+        """Step and id of the push; no step is handed out until `commit_push` or `abort_push`."""
+
+    def commit_push(self, shares: Sequence[int]) -> None: ...
+    def abort_push(self) -> None: ...
+    def cursor_at(self, step: int) -> tuple[list[int], list[int]]:
+        """Rows drawn, and asked - given rows times 2^32, of every domain before `step`."""
+
+    def mixes_at(self, step: int) -> list[_Mix]: ...
+    def oldest_mix(self) -> int: ...
+    def count(self, steps: int) -> NDArray[np.int64]: ...
+    def load(self, step: int, drawn: Sequence[int], error: Sequence[int], mixes: Sequence[_Mix]) -> None: ...
+
+def permute(items: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
+    """Images of `items` under the bijection on [0, n) that `key` selects."""
+
+def give_rows(shares: Sequence[int], error: Sequence[int], rows: int) -> tuple[list[int], list[int]]:
+    """Domains of the next `rows` rows by chairman assignment, and the errors after them."""
