@@ -1,0 +1,137 @@
+"""`velopath inspect`: what prepared data holds, and whether it is sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from velopath.inspection import DomainReport, Inspection
+
+_BAR_CELLS = 32
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def inspect(
+    data: Annotated[Path, typer.Argument(help="folder made by prepare, or one of MDS folders")],
+    domain: Annotated[str | None, typer.Option("--domain", "-d", help="this domain only")] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-s", min=0, help="documents to decode per domain")
+    ] = 0,
+    characters: Annotated[int, typer.Option(min=1, help="characters shown of each sample")] = 400,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read every sample: hashes, bounds, counts")
+    ] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the tables")] = False,
+) -> None:
+    """Show domains, document lengths and sample documents of prepared data; check all of it with --verify.
+
+    Example: velopath inspect data/ --samples 2 --domain verse
+
+    Example: velopath inspect data/ --verify (exit code 3 where something is wrong)
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from velopath.errors import DataError
+    from velopath.inspection import inspect_data
+
+    with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bars:
+        bar = bars.add_task("reading shards", total=None)
+        found = inspect_data(
+            data,
+            domain=domain,
+            samples=samples,
+            verify=verify,
+            processes=processes,
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
+        )
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+    else:
+        _show(Console(), found, characters)
+    if found.problems:
+        raise DataError(f"{len(found.problems)} problems, the first: {found.problems[0]}", path=data)
+
+
+def _show(console: Console, found: Inspection, characters: int) -> None:
+    from rich.table import Table
+
+    vocabulary = f", {found.vocab_size:,} entries" if found.vocab_size is not None else ""
+    console.print(
+        f"{found.folder}: {found.dtype} tokens{vocabulary}, end-of-text id {found.eos}", highlight=False
+    )
+    table = Table()
+    table.add_column("domain", overflow="fold")
+    for title in (
+        "documents",
+        "tokens",
+        "share",
+        "bytes/token",
+        "median",
+        "mean",
+        "longest",
+        "held-out tokens",
+    ):
+        table.add_column(title, justify="right")
+    table.add_column("licence", overflow="fold")
+    for report in found.domains:
+        lengths = report.lengths
+        table.add_row(
+            report.name,
+            f"{report.documents:,}",
+            _count(report.tokens),
+            f"{100 * report.share:.1f} %" if report.share is not None else "",
+            f"{report.bytes_per_token:.2f}" if report.bytes_per_token is not None else "",
+            f"{lengths.median:,.0f}",
+            f"{lengths.mean:,.0f}",
+            f"{lengths.longest:,}",
+            _count(report.heldout_tokens),
+            report.licence or "",
+        )
+    console.print(table)
+    for report in found.domains:
+        _show_lengths(console, report)
+    for report in found.domains:
+        for number, text in enumerate(report.samples):
+            cut = text[:characters] + (" ..." if len(text) > characters else "")
+            console.rule(f"{report.name}, document {number}, {len(text):,} characters", align="left")
+            console.print(cut, highlight=False, markup=False)
+    if found.problems is not None:
+        for problem in found.problems:
+            console.print(problem, highlight=False, markup=False, style="red")
+        if not found.problems:
+            console.print("verified: every hash, bound, token id and count is right")
+
+
+def _count(number: int | None) -> str:
+    return f"{number:,}" if number is not None else ""
+
+
+def _show_lengths(console: Console, report: DomainReport) -> None:
+    """Bars of the documents by length, a power of two each."""
+    lengths = report.lengths
+    if not lengths.histogram:
+        return
+    part = f", from {lengths.shards} of {lengths.of} shards" if lengths.shards < lengths.of else ""
+    console.print(f"\n{report.name}: documents by length in tokens{part}", highlight=False)
+    most = max(lengths.histogram)
+    first = next(i for i, count in enumerate(lengths.histogram) if count)
+    for power, count in list(enumerate(lengths.histogram))[first:]:
+        console.print(f"{2**power:>10,} {bar(count / most)} {count:,}", highlight=False)
+
+
+def bar(share: float) -> str:
+    """A bar of `_BAR_CELLS` characters filled to `share` (0 to 1), in eighths; never empty above 0."""
+    eighths = round(share * _BAR_CELLS * 8)
+    if share > 0:
+        eighths = max(1, eighths)
+    full, rest = divmod(eighths, 8)
+    return ("█" * full + (_EIGHTHS[rest] if rest else "")).ljust(_BAR_CELLS)

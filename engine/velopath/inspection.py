@@ -1,0 +1,284 @@
+"""Inspection of prepared data: what each domain holds, how long its documents are, and whether all of it is sound."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from velopath.errors import ConfigError, DataError
+from velopath.mds import MdsFolder, ShardEntry, load_index, read_documents, read_shard
+from velopath.tokenizer import TextTokenizer, load_tokenizer
+from velopath.workers import Workers
+
+MEASURED_SHARDS = 8
+"""Shards of a domain whose document lengths are read where not all of them are."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Document lengths in tokens; `histogram[i]` counts those of 2^i to 2^(i+1) - 1. `shards` were read, of `of`."""
+
+    shards: int
+    of: int
+    documents: int
+    tokens: int
+    mean: float
+    median: float
+    longest: int
+    histogram: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DomainReport:
+    """One domain. `tokens` are train tokens as the sampler counts them, an end-of-text token per document included.
+
+    `share` is its part of all train tokens. None stands for what the folder does not say.
+    """
+
+    name: str
+    documents: int
+    tokens: int | None
+    share: float | None
+    bytes_per_token: float | None
+    heldout_documents: int | None
+    heldout_tokens: int | None
+    licence: str | None
+    source: str | None
+    lengths: Lengths
+    samples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Result of `inspect_data`: the domains in name order; `problems` is None where they were not looked for."""
+
+    folder: Path
+    dtype: str
+    vocab_size: int | None
+    eos: int | None
+    domains: tuple[DomainReport, ...]
+    problems: tuple[str, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return asdict(self) | {"folder": str(self.folder)}
+
+
+@dataclass
+class _Domain:
+    name: str
+    train: MdsFolder
+    heldout: MdsFolder | None
+    stated: Mapping[str, Any] = field(default_factory=dict)
+
+
+def inspect_data(
+    data: str | Path,
+    *,
+    domain: str | None = None,
+    samples: int = 0,
+    verify: bool = False,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
+    """Describe a prepared folder, a folder of MDS folders, or one MDS folder.
+
+    Lengths are those of all documents with `verify`, else of the first `MEASURED_SHARDS` shards of a domain.
+    `samples` documents of each domain are decoded (the first ones; prepare shuffles). `verify` reads every
+    sample of both splits: hashes, bounds, token ids below the vocabulary's size, counts of domains.json and
+    the tokenizer's hash; what is wrong is listed in `problems`. `progress` gets shards done and in all.
+
+    Raises `DataError` when there is no readable index, `ConfigError` on an unknown `domain`.
+    """
+    folder = Path(data)
+    table = _read_table(folder)
+    domains = _find_domains(folder, table)
+    if domain is not None and domain not in (d.name for d in domains):
+        raise ConfigError(f"unknown domain {domain!r}; the domains are {', '.join(d.name for d in domains)}")
+    chosen = [d for d in domains if domain in (None, d.name)]
+    vocab_size = table["tokenizer"]["vocab_size"] if table else None
+    tasks = list(_shard_tasks(chosen, vocab_size, everything=verify))
+    measured: dict[int, NDArray[np.int64] | str] = {}
+    with Workers(processes if len(tasks) > 4 else 1) as workers:
+        for number, found in workers.run(_measure, tasks):
+            measured[number] = found
+            if progress is not None:
+                progress(len(measured), len(tasks))
+    found_problems = [measured[n] for n in range(len(tasks)) if isinstance(measured[n], str)]
+    problems = [str(p) for p in found_problems]
+    if problems and not verify:
+        raise DataError(f"{problems[0]} (velopath inspect --verify lists everything)")
+    codec = _codec(folder, table, problems if verify else None) if table else None
+    total = sum(d.stated.get("tokens", 0) for d in domains)
+    reports = []
+    for place in chosen:
+        lengths = {
+            s: [measured[n] for n, t in enumerate(tasks) if (t.domain, t.split) == (place.name, s)]
+            for s in _SPLITS
+        }
+        if verify and not any(isinstance(x, str) for x in [*lengths["train"], *lengths["heldout"]]):
+            problems += _compare_counts(place, lengths, table)
+        shown = tuple(_sample_texts(place, samples, codec)) if samples and not problems else ()
+        reports.append(
+            _report(place, [x for x in lengths["train"] if not isinstance(x, str)], total, table, shown)
+        )
+    dtype = table["dtype"] if table else domains[0].train.columns.encodings[0]
+    eos = table["eos"] if table else None
+    return Inspection(folder, dtype, vocab_size, eos, tuple(reports), tuple(problems) if verify else None)
+
+
+_SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class _ShardTask:
+    domain: str
+    split: str
+    entry: ShardEntry
+    vocab_size: int | None
+
+
+def _measure(task: _ShardTask) -> NDArray[np.int64] | str:
+    """Lengths of the shard's documents, or what is wrong with it."""
+    lengths = []
+    try:
+        for number, tokens in enumerate(read_shard(task.entry)):
+            if task.vocab_size is not None and tokens.size and int(tokens.max()) >= task.vocab_size:
+                problem = (
+                    f"token id {int(tokens.max())} is not below the vocabulary's size, {task.vocab_size}"
+                )
+                raise DataError(problem, path=task.entry.path, sample=number)
+            lengths.append(tokens.size)
+    except DataError as error:
+        return str(error)
+    return np.array(lengths, dtype=np.int64)
+
+
+def _shard_tasks(domains: Sequence[_Domain], vocab_size: int | None, *, everything: bool) -> list[_ShardTask]:
+    tasks = []
+    for place in domains:
+        train = place.train.shards if everything else place.train.shards[:MEASURED_SHARDS]
+        tasks += [_ShardTask(place.name, "train", entry, vocab_size) for entry in train]
+        if everything and place.heldout is not None:
+            tasks += [_ShardTask(place.name, "heldout", entry, vocab_size) for entry in place.heldout.shards]
+    return tasks
+
+
+def _read_table(folder: Path) -> dict[str, Any] | None:
+    """domains.json of a prepared folder, with the keys that are read here checked; None where there is none."""
+    path = folder / "domains.json"
+    if not path.exists():
+        return None
+    try:
+        table = json.loads(path.read_bytes())
+        table["domains"], table["tokenizer"]["vocab_size"], table["tokenizer"]["sha256"]  # noqa: B018
+        for entry in table["domains"].values():
+            for key in ("tokens", "documents", "bytes", "heldout_tokens", "heldout_documents"):
+                if isinstance(entry[key], bool) or not isinstance(entry[key], int) or entry[key] < 0:
+                    raise DataError(f"{key} is {entry[key]!r}; expected a whole number", path=path, field=key)
+        table["dtype"], table["eos"]  # noqa: B018
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"not a domains.json of prepare: {error!r}", path=path) from error
+    return dict(table)
+
+
+def _find_domains(folder: Path, table: dict[str, Any] | None) -> list[_Domain]:
+    if table is not None:
+        found = []
+        for name in sorted(table["domains"]):
+            held = folder / "heldout" / name
+            heldout = load_index(held) if table["domains"][name]["heldout_documents"] else None
+            found.append(_Domain(name, load_index(folder / "train" / name), heldout, table["domains"][name]))
+        return found
+    if (folder / "index.json").exists():
+        return [_Domain(folder.resolve().name, load_index(folder), None)]
+    below = sorted(p.parent for p in folder.glob("*/index.json"))
+    if not below:
+        raise DataError("no domains.json, no index.json, and no sub-folder with one", path=folder)
+    return [_Domain(p.name, load_index(p), None) for p in below]
+
+
+def _codec(folder: Path, table: dict[str, Any], problems: list[str] | None) -> TextTokenizer | None:
+    """The folder's tokenizer; where `problems` are collected, what is wrong with it is added there."""
+    try:
+        codec = load_tokenizer(folder / "tokenizer.json")
+        if codec.sha256 != table["tokenizer"]["sha256"]:
+            raise DataError(
+                "another tokenizer than the one of domains.json",
+                path=folder / "tokenizer.json",
+                field="sha256",
+            )
+    except DataError as error:
+        if problems is None:
+            raise
+        problems.append(str(error))
+        return None
+    return codec
+
+
+def _compare_counts(
+    place: _Domain, lengths: Mapping[str, list[Any]], table: dict[str, Any] | None
+) -> list[str]:
+    if table is None:
+        return []
+    problems = []
+    for split, prefix in (("train", ""), ("heldout", "heldout_")):
+        documents = sum(len(x) for x in lengths[split])
+        ends = documents if table["eos"] is not None else 0
+        tokens = sum(int(x.sum()) for x in lengths[split]) + ends
+        for key, count in (("documents", documents), ("tokens", tokens)):
+            stated = place.stated[prefix + key]
+            if count != stated:
+                problems.append(f"domain {place.name}: {split} has {count} {key}, domains.json says {stated}")
+    return problems
+
+
+def _report(
+    place: _Domain, measured: list[Any], total: int, table: dict[str, Any] | None, samples: tuple[str, ...]
+) -> DomainReport:
+    lengths = np.concatenate([np.zeros(0, np.int64), *measured])
+    tokens = place.stated.get("tokens")
+    ends = place.train.samples if table and table["eos"] is not None else 0
+    inner = (tokens or 0) - ends
+    return DomainReport(
+        name=place.name,
+        documents=place.train.samples,
+        tokens=tokens,
+        share=tokens / total if tokens is not None and total else None,
+        bytes_per_token=place.stated["bytes"] / inner if inner > 0 else None,
+        heldout_documents=place.stated.get("heldout_documents"),
+        heldout_tokens=place.stated.get("heldout_tokens"),
+        licence=place.stated.get("licence"),
+        source=place.stated.get("source"),
+        lengths=_lengths(lengths, len(measured), len(place.train.shards)),
+        samples=samples,
+    )
+
+
+def _lengths(lengths: NDArray[np.int64], shards: int, of: int) -> Lengths:
+    if not lengths.size:
+        return Lengths(shards, of, 0, 0, 0.0, 0.0, 0, ())
+    # frexp gives the exact power of two below each length; a length of 0 counts with 1.
+    powers = np.frexp(np.maximum(lengths, 1).astype(float))[1] - 1
+    return Lengths(
+        shards=shards,
+        of=of,
+        documents=len(lengths),
+        tokens=int(lengths.sum()),
+        mean=float(lengths.mean()),
+        median=float(np.median(lengths)),
+        longest=int(lengths.max()),
+        histogram=tuple(np.bincount(powers).tolist()),
+    )
+
+
+def _sample_texts(place: _Domain, count: int, codec: TextTokenizer | None) -> list[str]:
+    documents = islice(read_documents(place.train.folder), count)
+    return [codec.decode(d) if codec is not None else " ".join(map(str, d.tolist())) for d in documents]
