@@ -8,6 +8,7 @@
 | `targets.json` | the fitted targets, see `velopath.targets` |
 | `lineage.jsonl` | one lineage event a line, see `velopath.lineage`; flushed to disk one by one |
 | `metrics.jsonl` | the record of the run, one JSON object a line (below) |
+| `base/` | the run, of the same form, that made the base model, where this run has one of its own |
 | `checkpoints/` `versions/` `exports/` | tensors |
 | `report.html` `summary.json` `*.png` | what `velopath report` draws from all of the above |
 
@@ -82,7 +83,7 @@ class RunFolder:
         """
         kept: dict[tuple[Any, ...], Record] = {}
         for record in self.records():
-            key = (record.get("segment"), record.get("kind"), record.get("step"))
+            key: tuple[Any, ...] = (record.get("segment"), record.get("kind"), record.get("step"))
             if key[1] == "resume":
                 kept = {k: r for k, r in kept.items() if k[0] != key[0] or (k[2] or 0) <= key[2]}
                 continue

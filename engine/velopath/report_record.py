@@ -1,0 +1,362 @@
+"""RunRecord: everything a report says about a run, read once from the files of its folder.
+
+Figures, tables, the PNG and `summary.json` all draw on this value, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from velopath.errors import DataError
+from velopath.plan import Plan, make_plan
+from velopath.runfolder import Record, RunFolder
+from velopath.targets import Targets
+
+MAIN, BASE, PROXY = "main", "base", "proxy"
+"""Segment names with a meaning of their own; every other segment is the branch of a version."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One stretch of training: its records in force in order of step, and the steps really run.
+
+    `start` and `end` count updates; `run_steps` >= end - start, because steps that a resume repeated were run too.
+    """
+
+    name: str
+    start: int
+    end: int
+    run_steps: int
+    steps: tuple[Record, ...]
+    evals: tuple[Record, ...]
+    controls: tuple[Record, ...]
+    exposure: Mapping[str, Mapping[str, float]] | None
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a field of the step records, where it is a number."""
+        points = [(r["step"], float(r[key])) for r in self.steps if r.get(key) is not None]
+        return [s for s, _ in points], [v for _, v in points]
+
+    def losses(self, domain: str) -> tuple[list[int], list[float]]:
+        """Steps and held-out losses (nats per token) of a domain."""
+        points = [(r["step"], float(r["loss"][domain])) for r in self.evals if domain in r["loss"]]
+        return [s for s, _ in points], [v for _, v in points]
+
+    def heldout_at(self, step: int) -> Mapping[str, float] | None:
+        """Held-out losses measured at exactly this step; None where there was no evaluation."""
+        found = [r["loss"] for r in self.evals if r["step"] == step]
+        return found[-1] if found else None
+
+
+@dataclass(frozen=True)
+class VersionRow:
+    """One version cut from the main path: where it left, how long it ran, what it reached."""
+
+    name: str
+    parent: str
+    branch_step: int
+    steps: int
+    slice: str
+    heldout_loss: Mapping[str, float]
+    before: Mapping[str, float] | None
+    """Held-out losses of the main checkpoint it left from."""
+    undecayed: Mapping[str, float] | None
+    """Held-out losses of the main path after as many steps as the finished version, at the peak rate."""
+    export: str | None
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Cost in optimiser steps, as run; `plan` is what the configuration planned.
+
+    Base, proxy and evaluation stand beside the comparison, not in it.
+    """
+
+    main_steps: int
+    branch_steps: int
+    proxy_steps: int
+    base_steps: int
+    evaluation_tokens: int
+    plan: Plan | None
+
+    @property
+    def actual(self) -> int:
+        return self.main_steps + self.branch_steps
+
+    def over_ptfs(self, steps: int | None) -> float | None:
+        """Steps as a fraction of retraining from scratch at every version; None without a plan."""
+        return None if self.plan is None or steps is None else steps / self.plan.costs["ptfs"]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as its folder tells it. Missing files make empty fields, never errors."""
+
+    title: str
+    about: Mapping[str, Any]
+    config: Mapping[str, Any]
+    config_text: str
+    config_hash: str | None
+    domains: tuple[str, ...]
+    slices: Mapping[str, int]
+    segments: Mapping[str, Segment]
+    versions: tuple[VersionRow, ...]
+    ledger: Ledger
+    targets: Targets | None
+    data: Mapping[str, Any]
+    sampler_tokens_per_second: float | None
+
+    @property
+    def main(self) -> Segment | None:
+        return self.segments.get(MAIN)
+
+    @property
+    def branches(self) -> tuple[Segment, ...]:
+        return tuple(s for n, s in self.segments.items() if n not in (MAIN, BASE, PROXY))
+
+    @property
+    def walk(self) -> tuple[Segment, ...]:
+        """The main path and the branches: what the learning-rate path is made of."""
+        return (*((self.main,) if self.main else ()), *self.branches)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of one optimiser step; 0 before the first step is logged."""
+        return max((int(r.get("tokens") or 0) for s in self.walk for r in s.steps), default=0)
+
+    @property
+    def slice_starts(self) -> list[tuple[str, int, int]]:
+        """(slice, first step, last step + 1) in the order of the main path."""
+        rows, at = [], 0
+        for name, steps in self.slices.items():
+            rows.append((name, at, at + steps))
+            at += steps
+        return rows
+
+    @property
+    def seconds(self) -> float | None:
+        value = self.about.get("seconds")
+        return float(value) if isinstance(value, (int, float)) else None
+
+    def domain_facts(self) -> dict[str, dict[str, float | None]]:
+        """Per domain: tokens read on the main path, first, target and last held-out loss in nats."""
+        controls = self.main.controls if self.main else ()
+        evals = self.main.evals if self.main else ()
+        initial = controls[0].get("initial") if controls else None
+        initial = initial or (evals[0]["loss"] if evals else {})
+        target = (controls[-1].get("target") if controls else None) or (
+            self.targets.losses if self.targets else {}
+        )
+        last = evals[-1]["loss"] if evals else {}
+        read, _ = self.exposure(self.main) if self.main else ({}, False)
+        return {
+            name: {
+                "tokens": read.get(name, {}).get("tokens", 0),
+                "initial": initial.get(name),
+                "target": target.get(name),
+                "last_loss": last.get(name),
+            }
+            for name in self.domains
+        }
+
+    def exposure(self, segment: Segment) -> tuple[dict[str, dict[str, float]], bool]:
+        """Per domain tokens and epochs at the segment's end, and whether the sampler counted them.
+
+        Without an `exposure` record they are the shares pushed times the tokens of the steps.
+        """
+        if segment.exposure:
+            return {n: dict(v) for n, v in segment.exposure.items()}, True
+        tokens = dict.fromkeys(self.domains, 0.0)
+        edges = [*segment.controls, None]
+        for control, after in zip(edges, edges[1:], strict=False):
+            end = after["step"] if after else segment.end
+            for name, share in control["weights"].items() if control else ():
+                tokens[name] = tokens.get(name, 0.0) + share * (end - control["step"]) * self.row_tokens
+        sizes = {n: d.get("tokens") or 0 for n, d in self.data.items()}
+        rows = {
+            n: {"tokens": t} | ({"epochs": t / sizes[n]} if sizes.get(n) else {}) for n, t in tokens.items()
+        }
+        return (rows if segment.controls else {}), False
+
+    def rates(self, segments: Iterable[Segment]) -> tuple[float | None, float | None]:
+        """Tokens per second and the share of time spent waiting for data, each weighted by time."""
+        tokens = seconds = waited = 0.0
+        for segment in segments:
+            at = segment.start
+            for r in segment.steps:
+                if r.get("tokens_per_second"):
+                    count = (r["step"] - at) * (r.get("tokens") or 0)
+                    tokens, spent = tokens + count, count / r["tokens_per_second"]
+                    seconds, waited = seconds + spent, waited + spent * (r.get("data_wait_share") or 0.0)
+                at = r["step"]
+        return (tokens / seconds, waited / seconds) if seconds > 0 else (None, None)
+
+
+def read_run(run: RunFolder) -> RunRecord:
+    """Read a run folder. Raises `DataError` on a damaged file; a file that is not there is an empty field."""
+    about = _object(run, "run.json")
+    config, text = _config(run)
+    slices = {n: int(s["steps"]) for n, s in (config.get("data", {}).get("slices") or {}).items()}
+    plan = make_plan(slices, config["path"]["branch_share"]) if slices else None
+    cuts = _cuts(run, plan)
+    segments = _segments(run, {n: c["branch_step"] for n, c in cuts.items()})
+    names = {
+        n for s in segments.values() for r in (*s.evals, *s.controls) for n in r.get("loss", r.get("weights"))
+    }
+    data = _object(run, "data.json").get("domains", {})
+    versions = tuple(
+        _version(run, s, segments.get(MAIN), cuts.get(n, {}))
+        for n, s in segments.items()
+        if n not in (MAIN, BASE, PROXY)
+    )
+    speeds = run.metrics("sampler")
+    targets = _object(run, "targets.json")
+    return RunRecord(
+        title=str(about.get("name") or config.get("title") or run.path.name),
+        about=about,
+        config=config,
+        config_text=text,
+        config_hash=_hash(config) if config else None,
+        domains=tuple(sorted(names or data)),
+        slices=slices,
+        segments=segments,
+        versions=versions,
+        ledger=_ledger(run, segments, plan),
+        targets=Targets.from_json(targets) if targets else None,
+        data=data,
+        sampler_tokens_per_second=float(speeds[-1]["tokens_per_second"]) if speeds else None,
+    )
+
+
+def mean_loss(losses: Mapping[str, float] | None) -> float | None:
+    """Plain mean over domains in nats; None without losses."""
+    return math.fsum(losses.values()) / len(losses) if losses else None
+
+
+def _object(run: RunFolder, name: str) -> dict[str, Any]:
+    value = run.read_json(name)
+    if value is not None and not isinstance(value, dict):
+        raise DataError(f"expected a JSON object, got {type(value).__name__}", path=run.path / name)
+    return value or {}
+
+
+def _config(run: RunFolder) -> tuple[dict[str, Any], str]:
+    import yaml
+
+    path = run.path / "config.yaml"
+    if not path.exists():
+        return {}, ""
+    text = path.read_text(encoding="utf-8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DataError(f"not YAML: {' '.join(str(error).split())}", path=path) from error
+    if not isinstance(value, dict):
+        raise DataError("expected the resolved configuration as a map", path=path)
+    return value, text
+
+
+def _hash(config: Mapping[str, Any]) -> str:
+    """The same digits as `RunConfig.hash`, also for a configuration of another version of the schema."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _segments(run: RunFolder, starts: Mapping[str, int]) -> dict[str, Segment]:
+    """Segments by name: main first, versions in the order they were cut, base and proxy last."""
+    records = [
+        r for r in run.metrics() if isinstance(r.get("segment"), str) and isinstance(r.get("step"), int)
+    ]
+    ran = _steps_run(run.records(), starts)
+    found: dict[str, Segment] = {}
+    for name in dict.fromkeys(r["segment"] for r in records):
+        mine = sorted((r for r in records if r["segment"] == name), key=lambda r: r["step"])
+
+        def of(kind: str, mine: Sequence[Record] = mine) -> tuple[Record, ...]:
+            return tuple(r for r in mine if r.get("kind") == kind)
+
+        exposure = of("exposure")
+        start, end = _start(name, mine[0]["step"], starts), max(r["step"] for r in mine)
+        found[name] = Segment(
+            name,
+            start,
+            end,
+            ran.get(name, 0),
+            of("step"),
+            of("eval"),
+            of("control"),
+            exposure[-1]["domains"] if exposure else None,
+        )
+    order = {MAIN: 0, BASE: 2, PROXY: 3}
+    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], 1), item[1].start)))
+
+
+def _start(name: str, first: int, starts: Mapping[str, int]) -> int:
+    """Updates done before a segment's first: its branch step, or 0 where it is no branch."""
+    return 0 if name in (MAIN, BASE, PROXY) else starts.get(name, first)
+
+
+def _steps_run(records: Iterable[Record], starts: Mapping[str, int]) -> dict[str, int]:
+    """Steps really run per segment; those that a `resume` record took back and repeated count each time.
+
+    Steps between the last record and a `kill -9` are in no file and do not count.
+    """
+    at: dict[str, int] = {}
+    ran: dict[str, int] = {}
+    for record in records:
+        name, step = record.get("segment"), record.get("step")
+        if not isinstance(name, str) or not isinstance(step, int):
+            continue
+        before = at.setdefault(name, _start(name, step, starts))
+        if record.get("kind") == "resume":
+            at[name] = step
+        elif step > before:
+            ran[name] = ran.get(name, 0) + step - before
+            at[name] = step
+    return ran
+
+
+def _cuts(run: RunFolder, plan: Plan | None) -> dict[str, dict[str, Any]]:
+    """What is known of each version: from the plan, and over it from the lineage."""
+    planned = plan.branches if plan else ()
+    return {s.name: {"parent": s.parent, "branch_step": s.start_step, "slice": s.slice} for s in planned}
+
+
+def _version(run: RunFolder, branch: Segment, main: Segment | None, cut: Mapping[str, Any]) -> VersionRow:
+    export = run.path / "exports" / branch.name
+    return VersionRow(
+        name=branch.name,
+        parent=str(cut.get("parent") or MAIN),
+        branch_step=branch.start,
+        steps=branch.end - branch.start,
+        slice=str(cut.get("slice") or (branch.evals[-1].get("slice") if branch.evals else "") or ""),
+        heldout_loss=branch.evals[-1]["loss"] if branch.evals else {},
+        before=branch.heldout_at(branch.start) or (main.heldout_at(branch.start) if main else None),
+        undecayed=main.heldout_at(branch.end) if main else None,
+        export=str(export.relative_to(run.path)) if export.is_dir() else None,
+    )
+
+
+def _ledger(run: RunFolder, segments: Mapping[str, Segment], plan: Plan | None) -> Ledger:
+    base = list(RunFolder(run.path / "base").records()) if (run.path / "base").is_dir() else []
+
+    def steps(name: str) -> int:
+        return segments[name].run_steps if name in segments else 0
+
+    return Ledger(
+        main_steps=steps(MAIN),
+        branch_steps=sum(s.run_steps for n, s in segments.items() if n not in (MAIN, BASE, PROXY)),
+        proxy_steps=steps(PROXY),
+        base_steps=steps(BASE) + sum(_steps_run(base, {}).values()),
+        evaluation_tokens=sum(
+            sum(r["tokens"].values())
+            for r in (*run.records(), *base)
+            if r.get("kind") == "eval" and r.get("tokens")
+        ),
+        plan=plan,
+    )
