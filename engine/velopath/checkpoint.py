@@ -39,7 +39,6 @@ from velopath.tensor_files import (
     read_json,
     save_tensors,
     staged_folder,
-    sync_file,
     write_json,
 )
 
@@ -73,8 +72,6 @@ def save_checkpoint(
         save_tensors(stage / "rng.safetensors", rng)
         write_json(stage / "optimizer.json", {"class": type(optimizer).__name__, "groups": groups})
         write_json(stage / "state.json", state)
-        for name in _FILES:
-            sync_file(stage / name)
         entries = {n: {"bytes": (stage / n).stat().st_size, "sha256": _sha256(stage / n)} for n in _FILES}
         write_json(stage / MANIFEST, {"version": 1, "files": entries})
     return _sha256(folder / MANIFEST)
