@@ -30,7 +30,7 @@ from velopath.prepare_plan import (
     check_names,
     estimate_tokens,
     plan_domains,
-    training_key,
+    training_set,
     training_texts,
 )
 from velopath.prepare_tasks import PartTask, encode_part, write_domain
@@ -307,14 +307,15 @@ def _tokenizer(
         raise ConfigError(f"tokenizer is {str(chosen)!r}; expected a file or train:SIZE, such as train:2048")
     eos = "<|endoftext|>" if settings.eos is None else settings.eos
     limit = TRAINING_BYTES if finished else TRAINING_BYTES // 10
-    key = hashlib.sha256(f"{training_key(plans, limit)} {size} {eos}".encode()).hexdigest()
+    texts, text_bytes = training_set(plans, limit)
+    key = hashlib.sha256(f"{texts} {size} {eos}".encode()).hexdigest()
     for folder in finished:
         known = _read_json(folder / "prepare.json")
         if isinstance(known, dict) and known.get("trained") == key and (folder / "tokenizer.json").is_file():
             return load_tokenizer(folder, eos=eos), key
-    report("train", 0, 1)
+    report("train", 0, text_bytes)
     codec = train_bpe(training_texts(plans, settings.reading, limit), int(size), eos=eos)
-    report("train", 1, 1)
+    report("train", text_bytes, text_bytes)
     for folder in finished[:1]:
         folder.mkdir(exist_ok=True)
         write_durably(folder / "tokenizer.json", codec.json.encode())

@@ -152,12 +152,15 @@ def training_texts(plans: Sequence[DomainPlan], reading: Reading, limit_bytes: i
             yield from _texts(plan, plan.train[first : min(first + 256, end)], reading)
 
 
-def training_key(plans: Sequence[DomainPlan], limit_bytes: int) -> str:
-    """sha256 hex of the documents that `training_texts` yields."""
+def training_set(plans: Sequence[DomainPlan], limit_bytes: int) -> tuple[str, int]:
+    """sha256 hex of the documents that `training_texts` yields, and their bytes."""
     known = hashlib.sha256()
+    size = 0
     for plan in plans:
-        known.update(plan.train[: _reach(plan.train, limit_bytes // len(plans))][["high", "low"]].tobytes())
-    return known.hexdigest()
+        taken = plan.train[: _reach(plan.train, limit_bytes // len(plans))]
+        known.update(taken[["high", "low"]].tobytes())
+        size += int(taken["bytes"].sum())
+    return known.hexdigest(), size
 
 
 def _texts(plan: DomainPlan, documents: NDArray[np.void], reading: Reading) -> list[str]:

@@ -62,25 +62,18 @@ def inspect(
 
 
 def _show(console: Console, found: Inspection, characters: int) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     vocabulary = f", {found.vocab_size:,} entries" if found.vocab_size is not None else ""
     console.print(
         f"{found.folder}: {found.dtype} tokens{vocabulary}, end-of-text id {found.eos}", highlight=False
     )
-    table = Table()
-    table.add_column("domain", overflow="fold")
-    for title in (
-        "documents",
-        "tokens",
-        "share",
-        "bytes/token",
-        "median",
-        "mean",
-        "longest",
-        "held-out tokens",
-    ):
-        table.add_column(title, justify="right")
+    # Only the licence may wrap, so that numbers stay whole in a narrow terminal.
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("domain", no_wrap=True)
+    for title in ("docs", "tokens", "share", "B/token", "median", "mean", "longest", "held out"):
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("licence", overflow="fold")
     for report in found.domains:
         lengths = report.lengths
@@ -88,7 +81,7 @@ def _show(console: Console, found: Inspection, characters: int) -> None:
             report.name,
             f"{report.documents:,}",
             _count(report.tokens),
-            f"{100 * report.share:.1f} %" if report.share is not None else "",
+            f"{100 * report.share:.1f}%" if report.share is not None else "",
             f"{report.bytes_per_token:.2f}" if report.bytes_per_token is not None else "",
             f"{lengths.median:,.0f}",
             f"{lengths.mean:,.0f}",

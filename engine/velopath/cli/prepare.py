@@ -153,14 +153,15 @@ def _unescaped(separator: str | None) -> str | None:
 
 
 def _show(made: Prepared) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table()
-    table.add_column("domain", overflow="fold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("domain", no_wrap=True)
     for title in ("files", "documents", "held out", "copies", "empty", "bytes", "tokens"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for plan in made.plans:
         tokens = (
             f"about {plan.tokens:,}"
