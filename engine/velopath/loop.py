@@ -84,6 +84,7 @@ class Loop:
         slice_name: str,
         checkpoints: Path,
         keep: frozenset[int] = frozenset(),
+        watch: bool = False,
     ) -> None:
         """Train until `session.step == until`; save at the end, every `checkpoint_every` steps and at `keep`.
 

@@ -8,6 +8,7 @@ l_t then share its sampling error, which cancels in the velocity.
 from __future__ import annotations
 
 import math
+
 from velopath.config import ProxyConfig
 from velopath.errors import ConfigError, DataError
 from velopath.run import Piece, Run
@@ -80,5 +81,7 @@ def train_proxy(run: Run) -> Targets:
         above_last="last",
     )
     worst = max((d.error or 0.0 for d in targets.domains.values()), default=math.nan)
-    run.note(SEGMENT, f"targets fitted on {len(points)} points; largest leave-last-out error {worst:.3f} nats")
+    run.note(
+        SEGMENT, f"targets fitted on {len(points)} points; largest leave-last-out error {worst:.3f} nats"
+    )
     return targets

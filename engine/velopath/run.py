@@ -6,7 +6,6 @@ its lock, so that two processes cannot write one folder.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,17 +19,15 @@ import numpy as np
 import torch
 
 from velopath import controllers
-from velopath.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, step_folder
+from velopath.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from velopath.config import RunConfig, load_config
 from velopath.config_change import check_unchanged
 from velopath.controllers import Controller
 from velopath.dist import Dist, init_from_env
-from velopath.domains import DomainLoss
 from velopath.environment import describe_environment
 from velopath.errors import ConfigError, DataError, StoppedError
 from velopath.evaluate import HeldOut
 from velopath.hf import load_hf
-from velopath.lineage import Version
 from velopath.loop import Loop, StopRequest
 from velopath.model import Decoder, preset
 from velopath.optim import build_optimizer
@@ -38,7 +35,7 @@ from velopath.plan import Plan, make_plan
 from velopath.runfolder import RunFolder
 from velopath.schedule import LrPath
 from velopath.session import Session
-from velopath.stream import open_sampler
+from velopath.stream import domain_folders, open_sampler
 from velopath.targets import Targets
 
 MAIN = "main"
@@ -170,7 +167,9 @@ class Run:
                 found.append(Piece(name, first, max(start, first), min(end, last)))
             first = last
         if end > first:
-            raise ConfigError(f"step {end} lies beyond the last slice, which ends at step {first}; add a slice")
+            raise ConfigError(
+                f"step {end} lies beyond the last slice, which ends at step {first}; add a slice"
+            )
         return found
 
     def tokens_at_slice_end(self, slice_name: str, tokens_per_step: int) -> int:
@@ -185,7 +184,7 @@ class Run:
     def new_model(self) -> Decoder:
         """The starting model: the Hugging Face folder of the config, or its preset with seeded random weights."""
         choice, device = self.config.model, self.dist.device
-        vocabulary = self._prepared("tokenizer").get("vocab_size")
+        vocabulary = self.prepared.get("tokenizer", {}).get("vocab_size")
         if choice.hf is not None:
             shape, decoder = load_hf(choice.hf, device=device)
             if vocabulary is not None and vocabulary > shape.vocab_size:
@@ -286,7 +285,8 @@ class Run:
                     path=self.checkpoints(segment),
                 )
             yield session
-            self.log({"kind": "exposure", "segment": segment, "step": session.step, "domains": sampler.exposure()})
+            exposure = {"kind": "exposure", "segment": segment, "step": session.step, "slice": piece.slice}
+            self.log(exposure | {"domains": sampler.exposure()})
 
     def controller(self, slice_name: str) -> Controller:
         """The configured controller, with targets read at the end of the slice."""
@@ -311,10 +311,26 @@ class Run:
         targets = Targets.from_json(value)
         return targets.at(self.tokens_at_slice_end(slice_name, tokens_per_step), above_last="last")
 
-    def _prepared(self, key: str) -> dict[str, Any]:
-        """A part of the first slice's domains.json; empty where the folder was not written by `prepare`."""
-        first = next(iter(self.config.data.slices.values()))
-        folder = Path(first.root)
-        value = RunFolder(folder).read_json("domains.json") or {}
-        part = value.get(key, {})
-        return part if isinstance(part, dict) else {}
+    @property
+    def data_root(self) -> Path:
+        """The first slice's folder: its tokenizer is the run's."""
+        return Path(next(iter(self.config.data.slices.values())).root)
+
+    @property
+    def prepared(self) -> dict[str, Any]:
+        """The first slice's domains.json; empty where the folder was not written by `prepare`."""
+        value = RunFolder(self.data_root).read_json("domains.json")
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def domain_names(self) -> tuple[str, ...]:
+        """All domains of all slices, sorted."""
+        names: set[str] = set()
+        for entry in self.config.data.slices.values():
+            names |= set(domain_folders(entry.root))
+        return tuple(sorted(names))
+
+
+def _pinned(shape: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Page-locked host memory, so that copies to the GPU do not hold up the host."""
+    return torch.empty(shape, dtype=torch.int32, pin_memory=True).numpy()

@@ -115,7 +115,10 @@ def train_everything(run: Run) -> None:
 
 
 def _branch_piece(run: Run, name: str, at: int | None, steps: int | None) -> Piece:
-    if name in (MAIN, "proxy", "base") or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+    if (
+        name in (MAIN, "proxy", "base")
+        or not name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+    ):
         raise ConfigError(f"version name {name!r}; expected letters, digits, '-', '_' or '.', and not 'main'")
     planned = {branch.name: branch for branch in run.plan.branches}.get(name)
     if at is None:
@@ -154,7 +157,7 @@ def _replay_main(run: Run, session: Session, piece: Piece) -> None:
             f"control.in_branch=replay needs the main path's weights up to step {piece.end}, it is at {done}; "
             f"train it with --until {piece.end} first"
         )
-    pending = {int(p["step"]) for p in session.sampler.state_dict()["pending"]}
+    pending = {int(w["from_step"]) for w in session.sampler.state_dict()["weights"][1:]}
     for record in controls:
         if record["step"] >= session.step and record["step"] not in pending:
             session.sampler.push(record["weights"], at_step=record["step"], reason="replay of main")

@@ -73,6 +73,7 @@ class Session:
         self._reduce = reduce if reduce is not None else lambda sums: sums
         self._record = record if record is not None else lambda _: None
         self._state: Any = None
+        self._observed: int | None = None  # the step at which the controller was last given losses
         self._sums: Any = None
         self._carried: list[list[float]] | None = None  # global sums from before a resume
         self._batch: TokenBatch | None = None
@@ -120,7 +121,9 @@ class Session:
         """Whether the controller wants losses now, before the next step."""
         if self.controller is None:
             return False
-        return not self.started or (self.step > self._first and (self.step - self._first) % self.every == 0)
+        if not self.started:
+            return True
+        return (self.step - self._first) % self.every == 0 and self.step != self._observed
 
     def on_step(self, sums: Sums | None = None) -> None:
         """The batch handed out last was trained on; `sums` (2, K) are its nats and tokens per domain.
@@ -153,6 +156,7 @@ class Session:
         """
         if self.controller is None:
             return self.weights
+        self._observed = self.step
         if not self.started:
             self._state = self.controller.start(losses, self.weights)
             if dict(self._state.weights) != dict(self.weights):  # floor and cap act on the first weights too
@@ -166,7 +170,7 @@ class Session:
 
     def _push(self, weights: Mapping[str, float]) -> None:
         reason = type(self.controller).__name__
-        self.sampler.push(dict(weights), at_step=self.step, reason=reason, digest=self._digest())
+        self.sampler.push(dict(weights), reason=reason, digest=self._digest())
 
     def _digest(self) -> str:
         text = json.dumps(self._state.to_json(), sort_keys=True, separators=(",", ":"))
@@ -188,6 +192,7 @@ class Session:
             "version": 1,
             "step": self.step,
             "first": self._first,
+            "observed": self._observed,
             "sampler": self.sampler.state_dict(after=None if self._batch is None else self.step - 1),
             "controller": None if self._state is None else self._state.to_json(),
             "sums": sums,
@@ -204,6 +209,7 @@ class Session:
         self.sampler.load_state_dict(state["sampler"])
         self.step, self._first, self._batch = int(state["step"]), int(state["first"]), None
         self._sums, self._carried = None, state["sums"]
+        self._observed = state["observed"]
         if self.controller is not None and state["controller"] is not None:
             self._state = self.controller.state_from_json(state["controller"])
 

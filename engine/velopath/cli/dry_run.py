@@ -1,0 +1,108 @@
+"""`velopath train --dry-run`: what a run would do, from its config and data alone. Trains and writes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from velopath.cli.show import show_plan, table
+from velopath.config import RunConfig
+from velopath.plan import cost_table, make_plan
+from velopath.schedule import LrPath
+from velopath.stream import open_sampler
+
+MIXTURE_STEPS = 100
+
+
+def show_dry_run(config: RunConfig, folder: Path) -> None:
+    """Print the resolved config, the plan, the mixture as the sampler realises it, the rates and an estimate."""
+    out = Console()
+    out.rule("resolved config")
+    out.print(config.to_yaml(), highlight=False, markup=False)
+    out.print(
+        f"run folder {folder}{' (exists: train resumes it)' if (folder / 'config.yaml').exists() else ''}"
+    )
+    slices = {name: entry.steps for name, entry in config.data.slices.items()}
+    plan = make_plan(slices, config.path.branch_share)
+    show_plan(cost_table(slices, config.path.branch_share), plan)
+    _mixture(config)
+    _rates(config, plan.main_steps, [(b.name, b.start_step, b.steps) for b in plan.branches])
+    _estimate(config, plan.steps)
+
+
+def _mixture(config: RunConfig) -> None:
+    """Rows per domain of the first steps of each slice at its initial weights, and the epochs of a whole slice."""
+    train = config.train
+    for name, entry in config.data.slices.items():
+        with open_sampler(
+            entry.root,
+            rows=train.rows,
+            row_tokens=train.row_tokens,
+            seed=config.seed,
+            weights=entry.weights,
+            exhaustion=config.data.exhaustion,
+            cache=config.data.cache,
+            threads=0,
+            domain_key_salt=name,
+        ) as sampler:
+            counts = sampler.plan(min(MIXTURE_STEPS, entry.steps))
+            given, asked = counts.sum(axis=0), dict(sampler.weights)
+            rows = []
+            for k, domain in enumerate(sampler.names):
+                tokens = sampler.table.tokens[k]
+                read = asked[domain] * entry.steps * sampler.global_rows * sampler.row_tokens
+                shares = [f"{asked[domain]:.4f}", f"{given[k] / given.sum():.4f}"]
+                rows.append([domain, f"{tokens:,}", *shares, f"{read / tokens:.2f}"])
+        table(
+            f"{name}: initial mixture (one rank)",
+            ["domain", "tokens", "asked share", f"share in {len(counts)} steps", "epochs in the slice"],
+            rows,
+        )
+
+
+def _rates(config: RunConfig, main_steps: int, branches: list[tuple[str, int, int]]) -> None:
+    path = config.path
+    main = LrPath.main(path.peak, path.warmup_steps)
+    marks = sorted({0, max(path.warmup_steps - 1, 0), main_steps - 1})
+    rows = [["main", ", ".join(f"{step}: {main.rate(step):.2e}" for step in marks)]]
+    for name, start, steps in branches:
+        branch = main.branch(at_step=start, steps=steps, shape=path.shape, floor=path.floor)
+        marks = [start, start + steps // 4, start + steps // 2, start + 3 * steps // 4, start + steps - 1]
+        rows.append([name, ", ".join(f"{step}: {branch.rate(step):.2e}" for step in marks)])
+    table(f"Learning rate at steps (branches: {path.shape} to {path.floor:g})", ["path", "step: rate"], rows)
+
+
+def _estimate(config: RunConfig, steps: int) -> None:
+    """Memory from parameter counts, time from FLOPs at a stated speed: a figure to plan with, not a promise."""
+    from velopath.hf import read_config
+    from velopath.model import preset
+
+    train = config.train
+    shape = (
+        read_config(config.model.hf)
+        if config.model.hf
+        else preset(config.model.preset, **config.model.overrides)
+    )
+    micro = train.micro_rows or train.rows
+    states = 16 * shape.n_params  # fp32 weights, gradients and two AdamW moments
+    width = 2 if train.precision == "bf16" else 4
+    # Kept per layer and token: about 34 bytes per hidden unit in 16 bit (Korthikanti et al. 2022), with no
+    # attention matrix.
+    activations = 17 * width * micro * train.row_tokens * shape.hidden_size * shape.num_hidden_layers
+    tokens = steps * train.rows * train.row_tokens
+    flops = tokens * shape.flops_per_token(train.row_tokens)
+    table(
+        "Estimate for one rank",
+        ["what", "value"],
+        [
+            ["parameters", f"{shape.n_params / 1e6:,.2f} M"],
+            ["tokens (main and branches)", f"{tokens:,}"],
+            ["memory: weights, gradients, moments", f"{states / 2**30:,.2f} GiB"],
+            ["memory: activations, about", f"{activations / 2**30:,.2f} GiB"],
+            ["compute", f"{flops:.2e} FLOPs"],
+            ["hours at 400 TFLOP/s (a well-fed H100 in bf16)", f"{flops / 4e14 / 3600:,.3f}"],
+            ["hours at 20 GFLOP/s (a CPU core, tiny models)", f"{flops / 2e10 / 3600:,.3f}"],
+        ],
+        "evaluations, proxies and checkpoints come on top",
+    )

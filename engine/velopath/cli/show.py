@@ -1,0 +1,111 @@
+"""Tables on the console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from velopath.domains import DomainLoss
+    from velopath.plan import CostTable, Plan
+    from velopath.targets import Targets
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], caption: str = "") -> None:
+    """Print a table: first column to the left, the others to the right."""
+    view = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
+    for i, column in enumerate(columns):
+        view.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        view.add_row(*row)
+    Console().print(view)
+
+
+def show_plan(costs: CostTable, plan: Plan) -> None:
+    """Cost per version under each method, in steps and shares, and the segments in order."""
+    rows = [
+        [
+            row.version,
+            f"{row.steps:,}",
+            f"{row.ptfs_total:,}",
+            f"{row.cpt_total:,}",
+            f"{row.switching_total:,}",
+            f"{row.of_ptfs:.1%}",
+            f"{row.of_cpt:.1%}",
+        ]
+        for row in costs
+    ]
+    table(
+        f"Steps up to each version, branch share {costs.branch_share:g}",
+        ["version", "slice", "PTFS", "CPT", "switching", "of PTFS", "of CPT"],
+        rows,
+        "PTFS trains each version from scratch on all data so far; CPT continues on the new data only. "
+        "Proxies, evaluations and a base model are not in it.",
+    )
+    table(
+        "What a run executes",
+        ["segment", "slice", "from step", "to step", "steps"],
+        [[s.name, s.slice, f"{s.start_step:,}", f"{s.end_step:,}", f"{s.steps:,}"] for s in plan.segments],
+    )
+
+
+def show_targets(targets: Targets) -> None:
+    """Target, law and errors per domain, and the cost of the proxy."""
+    rows = []
+    for name, domain in targets.domains.items():
+        law = domain.law
+        last = f"{domain.points[-1][1]:.3f}" if domain.points else "-"
+        interval = f"{domain.interval[0]:.3f} .. {domain.interval[1]:.3f}" if domain.interval else "-"
+        formula = f"{law.E:.2f} + {law.B:.3g} / D^{law.beta:.2f}" if law else "given"
+        error = f"{domain.error:.3f}" if domain.error is not None else "-"
+        rows.append([name, last, f"{domain.target:.3f}", interval, error, formula])
+    table(
+        "Target losses, nats per token",
+        ["domain", "last proxy", "target", "90 % interval", "leave-last-out", "law"],
+        rows,
+        f"proxy: {targets.proxy_steps:,} steps, {targets.proxy_tokens:,} tokens, "
+        f"{targets.evaluation_tokens:,} tokens evaluated",
+    )
+    for warning in targets.warnings:
+        Console().print(f"warning: {warning}", style="yellow", highlight=False)
+
+
+def show_losses(losses: Mapping[str, DomainLoss]) -> None:
+    """Held-out loss per domain and model, with standard errors, mean and worst."""
+    names = sorted({name for loss in losses.values() for name in loss})
+    rows = [
+        [name]
+        + [
+            f"{loss[name]:.4f} ± {loss.stderr_of(name):.4f}" if name in loss else "-"
+            for loss in losses.values()
+        ]
+        for name in names
+    ]
+    rows.append(["mean"] + [f"{sum(loss.values()) / len(loss):.4f}" for loss in losses.values()])
+    rows.append(["worst"] + [f"{max(loss.values()):.4f}" for loss in losses.values()])
+    table("Held-out loss, nats per token ± standard error", ["domain", *losses], rows)
+
+
+def show_summary(summary: Mapping[str, Any]) -> None:
+    """The demo's outcome: losses per domain and version, cost."""
+    versions = summary["versions"]
+    rows = []
+    for name, facts in summary["domains"].items():
+        cells = [facts["initial"], facts["target"], *(v["heldout_loss"].get(name) for v in versions)]
+        rows.append([name, *("-" if c is None else f"{c:.3f}" for c in cells)])
+    table(
+        "Held-out loss, nats per token",
+        ["domain", "start", "target", *(v["name"] for v in versions)],
+        rows,
+        "This scale shows mechanics and cost, not which method is better; the report says why.",
+    )
+    cost = summary["cost"]
+    Console().print(
+        f"switching: {cost['main_steps'] + cost['branch_steps']:,} steps, {cost['actual_over_ptfs']:.1%} of training "
+        f"each version from scratch (planned {cost['planned_over_ptfs']:.1%}); beside it {cost['proxy_steps']:,} proxy "
+        f"steps, {cost['base_steps']:,} base steps, {cost['evaluation_tokens']:,} tokens evaluated",
+        highlight=False,
+    )

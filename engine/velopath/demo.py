@@ -1,0 +1,166 @@
+"""The demo: the whole product on real text in a few minutes on two cores.
+
+Corpus and tokenizer -> token shards -> a small base model that knows three domains -> targets from a proxy trunk
+-> main path over six domains under Velocitune, two data slices, two versions -> exports -> report.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from velopath.config import RunConfig, validate_config
+from velopath.corpus import CorpusReport, build_corpus
+from velopath.errors import ConfigError
+from velopath.export import export_version
+from velopath.prepare import prepare
+from velopath.proxy import find_targets
+from velopath.report import write_report
+from velopath.report_picture import write_png
+from velopath.run import Run
+from velopath.sampler_speed import log_sampler_speed
+from velopath.segments import cut_version, train_main
+
+KNOWN = ("docs", "python", "verse")
+"""Domains of the base model: it has never seen the others."""
+SLICES = ("slice-1", "slice-2")
+VOCABULARY = 1024
+
+Show = Callable[[Run], AbstractContextManager[None]]
+Say = Callable[[str], None]
+
+
+def run_demo(out: Path, *, show: Show, say: Say, fresh: bool = False, scale: float = 1.0) -> dict[str, Any]:
+    """Run or resume the demo in `out`; returns the summary. `scale` shrinks all steps (for tests).
+
+    `show` wraps each run in its progress display, `say` prints a line per stage.
+    """
+    start = time.perf_counter()
+    if fresh and out.exists():
+        if not (out / "demo.txt").exists():
+            raise ConfigError(f"{out} is not a demo's folder; --fresh deletes only those")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "demo.txt").write_text("Made by `velopath demo`; safe to delete.\n")
+
+    say("corpus: real text from pinned packages")
+    corpus = build_corpus(out / "corpus")
+    for warning in corpus.warnings:
+        say(f"  warning: {warning}")
+    sizes = ", ".join(f"{name} {d.bytes / 1e6:.1f} MB" for name, d in corpus.domains.items())
+    say(f"  {sizes}")
+    say("prepare: tokenizer and token shards")
+    _prepare(corpus, out)
+
+    say(f"base model: {', '.join(KNOWN)} only, ends decayed, hands on no optimiser state")
+    base = _train_base(out, scale, show)
+    run_config = demo_config(out, base, scale)
+    with Run.open(run_config, out, command="velopath demo") as run, show(run):
+        say("targets: proxy trunk at the original weights, one law per domain")
+        find_targets(run)
+        say("main path under Velocitune, a branch for each version")
+        for segment in run.plan.segments:
+            if segment.kind == "main":
+                train_main(run, segment.end_step)
+            else:
+                cut_version(run, segment.name)
+                export_version(run, segment.name)
+        log_sampler_speed(run)
+        run.add_seconds(time.perf_counter() - start - run.seconds)
+    page = write_report(out)
+    write_png(out, out / "report.png")
+    say(f"report: {page}")
+    from velopath.report import build_summary
+
+    return build_summary(out)
+
+
+def _prepare(corpus: CorpusReport, out: Path) -> None:
+    """Both slices with one tokenizer, trained on the first."""
+    tokenizer: str | Path = f"train:{VOCABULARY}"
+    for name in SLICES:
+        folder = out / "data" / name
+        prepare(
+            {domain: corpus.file(name, domain) for domain in corpus.domains},
+            folder,
+            tokenizer=tokenizer,
+            licences={n: d.licence for n, d in corpus.domains.items()},
+            sources={n: d.source for n, d in corpus.domains.items()},
+        )
+        tokenizer = folder / "tokenizer.json"
+
+
+def _train_base(out: Path, scale: float, show: Show) -> Path:
+    """A base model as one gets it from elsewhere: a decayed Hugging Face checkpoint of some domains."""
+    folder = out / "base"
+    domains = sorted(p.name for p in (out / "data" / SLICES[0] / "train").iterdir())
+    weights = {name: 1.0 if name in KNOWN else 0.0 for name in domains}
+    config = _config(
+        "demo base model",
+        slices={
+            "base": {"root": str(out / "data" / SLICES[0]), "steps": _steps(500, scale), "weights": weights}
+        },
+        scale=scale,
+        control={"controller": "static"},
+    )
+    with Run.open(config, folder, command="velopath demo") as run, show(run):
+        train_main(run)
+        cut_version(run, "v1")
+        return export_version(run, "v1")
+
+
+def demo_config(out: Path, base: Path, scale: float = 1.0) -> RunConfig:
+    """The demo's configuration: 0.16M parameters, 1,024 tokens a step, T = 700, alpha 0.6."""
+    steps = _steps(700, scale)
+    return _config(
+        "velopath demo",
+        slices={name: {"root": str(out / "data" / name), "steps": steps} for name in SLICES},
+        scale=scale,
+        control={
+            "controller": "velocitune",
+            # Our choice for domains that the base model knows: their gap is too small for a velocity.
+            "options": {"small_gap": "mean"},
+            "every": _steps(50, scale),
+            "heldout_tokens": 4096,
+        },
+        model={"hf": str(base)},
+        proxy={"steps": _steps(350, scale), "points": 7, "first": 0.15},
+    )
+
+
+def _config(
+    title: str,
+    *,
+    slices: dict[str, Any],
+    scale: float,
+    control: dict[str, Any],
+    model: dict[str, Any] | None = None,
+    proxy: dict[str, Any] | None = None,
+) -> RunConfig:
+    return validate_config(
+        {
+            "title": title,
+            "seed": 1,
+            "data": {"slices": slices},
+            "model": model or {"preset": "tiny"},
+            "control": control,
+            "path": {"peak": 3e-3, "warmup_steps": _steps(30, scale), "branch_share": 0.6, "shape": "cosine"},
+            "train": {
+                "rows": 4,
+                "row_tokens": 256,
+                "log_every": 10,
+                "checkpoint_every": _steps(200, scale),
+                "device": "cpu",
+            },
+            "proxy": proxy or {},
+        },
+        where="demo",
+    )
+
+
+def _steps(steps: int, scale: float) -> int:
+    return max(round(steps * scale), 4)

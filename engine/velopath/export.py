@@ -1,0 +1,96 @@
+"""Models out of a run: a version or main checkpoint as a Hugging Face folder, and its held-out losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from velopath.checkpoint import load_checkpoint, step_folder
+from velopath.domains import DomainLoss
+from velopath.errors import ConfigError
+from velopath.evaluate import evaluate
+from velopath.hf import load_hf, save_hf
+from velopath.model import Decoder
+from velopath.model_card import model_card
+from velopath.run import MAIN, Run
+from velopath.runlineage import read_lineage, record_export
+from velopath.tensor_files import write_json
+
+ORIGIN = "velopath.json"
+"""Beside an exported model: what made it, at what cost; read when a run continues from the folder."""
+
+
+def export_version(run: Run, name: str, out: Path | None = None) -> Path:
+    """Write version `name` (or "main@STEP") as a Hugging Face Llama folder; returns it.
+
+    Weights as safetensors in fp32, config, tokenizer, a model card and `velopath.json`. Default place
+    RUN/exports/NAME, which is replaced if it is there.
+    """
+    folder = out if out is not None else run.folder.path / "exports" / name.replace("@", "-")
+    checkpoint = load_checkpoint(checkpoint_folder(run, name))
+    decoder = run.new_model()
+    checkpoint.restore(decoder)
+    root = run.data_root
+    tokenizer = root / "tokenizer.json"
+    lineage = read_lineage(run.folder)
+    version = next((v for v in lineage.versions if v.name == name), None)
+    if run.dist.is_main:
+        save_hf(
+            folder,
+            decoder,
+            tokenizer_file=tokenizer if tokenizer.exists() else None,
+            eos=run.prepared.get("eos"),
+            model_card=model_card(run, name, version),
+        )
+        write_json(folder / ORIGIN, _origin(run, name, checkpoint.state))
+        if version is not None:
+            record_export(run, name, folder)
+    run.dist.barrier()
+    return folder
+
+
+def evaluate_model(run: Run, model: str, tokens: int | None = None) -> DomainLoss:
+    """Held-out loss per domain of a version, "main@STEP" or a Hugging Face folder, with standard errors.
+
+    On the run's held-out set; `tokens` per domain, default the config's `evaluate.tokens`.
+    """
+    decoder: Decoder
+    if Path(model).is_dir():
+        _, decoder = load_hf(model, device=run.dist.device)
+    else:
+        decoder = run.new_model()
+        load_checkpoint(checkpoint_folder(run, model)).restore(decoder)
+    settings = run.config.evaluate
+    return evaluate(
+        decoder,
+        run.held_out(run.domain_names),
+        tokens_per_domain=tokens or settings.tokens,
+        batch_rows=settings.batch_rows,
+        dist=run.dist,
+        bf16=run.config.train.precision == "bf16",
+    )
+
+
+def checkpoint_folder(run: Run, name: str) -> Path:
+    """The checkpoint behind a version's name or "main@STEP". Raises `ConfigError` naming what there is."""
+    versions = {v.name: v for v in read_lineage(run.folder).versions}
+    if name in versions:
+        version = versions[name]
+        return step_folder(run.checkpoints(name), version.branch_step + version.steps)
+    kept = sorted(int(f.name.removeprefix("step-")) for f in run.checkpoints(MAIN).glob("step-*"))
+    segment, _, step = name.partition("@")
+    if segment == MAIN and step.isdigit() and int(step) in kept:
+        return step_folder(run.checkpoints(MAIN), int(step))
+    known = [*versions, *(f"{MAIN}@{k}" for k in kept)]
+    raise ConfigError(f"no model {name!r} in {run.folder.path}; there are {', '.join(known) or 'none yet'}")
+
+
+def _origin(run: Run, name: str, state: dict[str, Any]) -> dict[str, Any]:
+    train = run.config.train
+    return {
+        "title": run.config.title,
+        "model": name,
+        "steps": state["step"],
+        "tokens": state["step"] * train.rows * run.dist.world * train.row_tokens,
+        "config_hash": run.config.hash,
+    }
