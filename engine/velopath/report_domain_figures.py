@@ -9,6 +9,7 @@ from velopath.report_figure import (
     Trace,
     colour,
     end_label,
+    epochs_text,
     label,
     slice_marks,
     steps_axis,
@@ -143,29 +144,27 @@ def domain_loss_figure(record: RunRecord, k: int) -> Figure | None:
 
 
 def exposure_figure(record: RunRecord) -> Figure | None:
-    """Tokens read by the main path and, beyond the branch point, by the last version."""
+    """Tokens of each domain that the main path read."""
     if record.main is None:
         return None
-    rows, _ = record.exposure(record.main)
-    if not rows:
+    rows = record.tokens_read()
+    if not any(rows.values()):
         return None
     domains = list(reversed(record.domains))
-    tokens = [rows.get(d, {}).get("tokens", 0) for d in domains]
-    epochs = [rows.get(d, {}).get("epochs") for d in domains]
+    tokens = [rows[d] for d in domains]
+    epochs = [epochs_text(record.epochs(d)) for d in domains]
     text = [
-        f"{tokens_text(t)} tokens" + (f" · {e:.2f} epochs" if e is not None else "")
+        f"{tokens_text(t)} tokens" + (f" · {e} epochs" if e else "")
         for t, e in zip(tokens, epochs, strict=True)
     ]
     paint = [colour(f"d{record.domains.index(d)}", 0.85) for d in domains]
     bar: Trace = {"type": "bar", "orientation": "h", "x": tokens, "y": [label(d) for d in domains]}
     bar |= {"text": text, "textposition": "outside", "cliponaxis": False, "marker": {"color": paint}}
     bar |= {"hovertemplate": "%{y}: %{text}<extra></extra>"}
-    layout = {"xaxis": {"title": {"text": "tokens read on the main path"}, "rangemode": "tozero"}}
-    layout["xaxis"]["range"] = [0, max(tokens) * 1.32 or 1]
+    layout: dict[str, Any] = {"showlegend": False, "bargap": 0.35}
+    layout["xaxis"] = {"title": {"text": "tokens read on the main path"}, "range": [0, max(tokens) * 1.32]}
     layout["yaxis"] = {"showgrid": False, "automargin": True, "type": "category"}
-    return Figure(
-        "exposure", "Exposure", [bar], layout | {"showlegend": False, "bargap": 0.35}, 90 + 34 * len(domains)
-    )
+    return Figure("exposure", "Exposure", [bar], layout, 90 + 34 * len(domains))
 
 
 def target_fit_figure(record: RunRecord, k: int) -> Figure | None:

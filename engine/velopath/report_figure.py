@@ -105,6 +105,11 @@ def steps_axis(**more: Any) -> dict[str, Any]:
     return {"title": {"text": "step"}, "rangemode": "tozero"} | more
 
 
+def epochs_text(epochs: Sequence[float]) -> str | None:
+    """Epochs slice by slice: 0.31 + 0.16; None where they are not known."""
+    return " + ".join(f"{e:.2f}" for e in epochs) or None
+
+
 def tokens_text(count: float) -> str:
     """A token count with three digits: 1.86 M."""
     for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):

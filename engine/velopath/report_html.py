@@ -256,9 +256,10 @@ def _versions(record: RunRecord) -> str:
         return _section("versions", "Versions", drawing, _missing("No version has been cut yet."))
     words = (
         "Held-out loss in nats per token. Below each number: the change since the main checkpoint that the "
-        "version left. The last column compares with the main path after as many steps at the peak rate, where "
-        "it was measured."
+        "version left, on the same held-out sample."
     )
+    if any(v.undecayed for v in record.versions):
+        words += " The last column compares with the main path after as many steps at the peak rate."
     return _section("versions", "Versions", drawing, versions_table(record), words=words)
 
 
@@ -302,8 +303,7 @@ def _losses(record: RunRecord, drawn: dict[str, list[Figure]]) -> str:
     words = "Nats per token by step. Solid: main path; dashed: branches, ending in a dot; dotted: the target in force."
     table = domains_table(record) if record.domains else ""
     exposure = "<h3>Exposure</h3>" + _plots(drawn["exposure"]) if drawn["exposure"] else ""
-    counted = record.exposure(record.main)[1] if record.main else False
-    if exposure and not counted:
+    if exposure and not record.exposure_counted:
         exposure += (
             "<p class=quiet>From the shares pushed times the tokens of the steps; the sampler's own count is not "
             "in this run folder.</p>"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, QUIET, LINE, ACCENT = "#1d2430", "#667085", "#dfe3ea", "#5b47d6"
-DOMAINS = ("#2a72d4", "#d9601a", "#0e9384", "#c2408f", "#b48e06", "#5f9c25")
+DOMAINS: tuple[str, ...] = ("#2a72d4", "#d9601a", "#0e9384", "#c2408f", "#b48e06", "#5f9c25")
 DOMAINS += ("#c8402f", "#7b6046", "#4a6b8a", "#8a4fc7", "#3c8c5a", "#a8577a")
 """The light colours of `report.css`; a test holds the two together."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from velopath.errors import DataError
-from velopath.plan import Plan, make_plan
+from velopath.plan import Plan
 from velopath.runfolder import Record, RunFolder
 from velopath.targets import Targets
 
@@ -35,7 +35,8 @@ class Segment:
     steps: tuple[Record, ...]
     evals: tuple[Record, ...]
     controls: tuple[Record, ...]
-    exposure: Mapping[str, Mapping[str, float]] | None
+    judged: tuple[Record, ...]
+    exposures: tuple[Record, ...]
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a field of the step records, where it is a number."""
@@ -47,10 +48,10 @@ class Segment:
         points = [(r["step"], float(r["loss"][domain])) for r in self.evals if domain in r["loss"]]
         return [s for s, _ in points], [v for _, v in points]
 
-    def heldout_at(self, step: int) -> Mapping[str, float] | None:
-        """Held-out losses measured at exactly this step; None where there was no evaluation."""
-        found = [r["loss"] for r in self.evals if r["step"] == step]
-        return found[-1] if found else None
+    def heldout_at(self, step: int, like: Record) -> Mapping[str, float] | None:
+        """Held-out losses at exactly this step on as many tokens as `like`, so that the two compare; else None."""
+        found = [r for r in (*self.evals, *self.judged) if r["step"] == step]
+        return next((r["loss"] for r in found if r.get("tokens") == like.get("tokens")), None)
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,12 @@ class RunRecord:
     config_text: str
     config_hash: str | None
     domains: tuple[str, ...]
-    slices: Mapping[str, int]
     segments: Mapping[str, Segment]
     versions: tuple[VersionRow, ...]
     ledger: Ledger
     targets: Targets | None
-    data: Mapping[str, Any]
+    data: Mapping[str, Mapping[str, Any]]
+    """By slice, what its `domains.json` says."""
     sampler_tokens_per_second: float | None
 
     @property
@@ -133,7 +134,7 @@ class RunRecord:
     def slice_starts(self) -> list[tuple[str, int, int]]:
         """(slice, first step, last step + 1) in the order of the main path."""
         rows, at = [], 0
-        for name, steps in self.slices.items():
+        for name, steps in self.ledger.plan.slices if self.ledger.plan else ():
             rows.append((name, at, at + steps))
             at += steps
         return rows
@@ -153,10 +154,10 @@ class RunRecord:
             self.targets.losses if self.targets else {}
         )
         last = evals[-1]["loss"] if evals else {}
-        read, _ = self.exposure(self.main) if self.main else ({}, False)
+        read = self.tokens_read()
         return {
             name: {
-                "tokens": read.get(name, {}).get("tokens", 0),
+                "tokens": round(read.get(name, 0)),
                 "initial": initial.get(name),
                 "target": target.get(name),
                 "last_loss": last.get(name),
@@ -164,24 +165,31 @@ class RunRecord:
             for name in self.domains
         }
 
-    def exposure(self, segment: Segment) -> tuple[dict[str, dict[str, float]], bool]:
-        """Per domain tokens and epochs at the segment's end, and whether the sampler counted them.
+    @property
+    def exposure_counted(self) -> bool:
+        """Whether the sampler counted what the main path read; else shares pushed times tokens stand in."""
+        return bool(self.main and self.main.exposures)
 
-        Without an `exposure` record they are the shares pushed times the tokens of the steps.
-        """
-        if segment.exposure:
-            return {n: dict(v) for n, v in segment.exposure.items()}, True
+    def tokens_read(self) -> dict[str, float]:
+        """Tokens of each domain that the main path read, over all slices."""
         tokens = dict.fromkeys(self.domains, 0.0)
-        edges = [*segment.controls, None]
-        for control, after in zip(edges, edges[1:], strict=False):
-            end = after["step"] if after else segment.end
-            for name, share in control["weights"].items() if control else ():
-                tokens[name] = tokens.get(name, 0.0) + share * (end - control["step"]) * self.row_tokens
-        sizes = {n: d.get("tokens") or 0 for n, d in self.data.items()}
-        rows = {
-            n: {"tokens": t} | ({"epochs": t / sizes[n]} if sizes.get(n) else {}) for n, t in tokens.items()
-        }
-        return (rows if segment.controls else {}), False
+        main = self.main
+        if main is None:
+            return tokens
+        for record in _last_of_slice(main.exposures):
+            for name, row in record["domains"].items():
+                tokens[name] = tokens.get(name, 0.0) + row["tokens"]
+        if not main.exposures:
+            ends = [c["step"] for c in main.controls[1:]] + [main.end]
+            for control, end in zip(main.controls, ends, strict=True):
+                for name, share in control["weights"].items():
+                    tokens[name] = tokens.get(name, 0.0) + share * (end - control["step"]) * self.row_tokens
+        return tokens
+
+    def epochs(self, domain: str) -> list[float]:
+        """Epochs of the domain's data that the main path read, slice by slice; empty where nothing was counted."""
+        rows = _last_of_slice(self.main.exposures) if self.main else []
+        return [r["domains"][domain]["epochs"] for r in rows if domain in r["domains"]]
 
     def rates(self, segments: Iterable[Segment]) -> tuple[float | None, float | None]:
         """Tokens per second and the share of time spent waiting for data, each weighted by time."""
@@ -201,14 +209,14 @@ def read_run(run: RunFolder) -> RunRecord:
     """Read a run folder. Raises `DataError` on a damaged file; a file that is not there is an empty field."""
     about = _object(run, "run.json")
     config, text = _config(run)
-    slices = {n: int(s["steps"]) for n, s in (config.get("data", {}).get("slices") or {}).items()}
-    plan = make_plan(slices, config["path"]["branch_share"]) if slices else None
+    planned = _object(run, "plan.json")
+    plan = Plan.from_json(planned) if planned else None
     cuts = _cuts(run, plan)
     segments = _segments(run, {n: c["branch_step"] for n, c in cuts.items()})
-    names = {
-        n for s in segments.values() for r in (*s.evals, *s.controls) for n in r.get("loss", r.get("weights"))
-    }
-    data = _object(run, "data.json").get("domains", {})
+    seen = [r["loss"] for s in segments.values() for r in s.evals]
+    seen += [r["weights"] for s in segments.values() for r in s.controls]
+    names = {name for values in seen for name in values}
+    data = {n: d.get("domains", {}) for n, d in _object(run, "data.json").items() if d}
     versions = tuple(
         _version(run, s, segments.get(MAIN), cuts.get(n, {}))
         for n, s in segments.items()
@@ -222,8 +230,7 @@ def read_run(run: RunFolder) -> RunRecord:
         config=config,
         config_text=text,
         config_hash=_hash(config) if config else None,
-        domains=tuple(sorted(names or data)),
-        slices=slices,
+        domains=tuple(sorted(names or {n for d in data.values() for n in d})),
         segments=segments,
         versions=versions,
         ledger=_ledger(run, segments, plan),
@@ -280,7 +287,6 @@ def _segments(run: RunFolder, starts: Mapping[str, int]) -> dict[str, Segment]:
         def of(kind: str, mine: Sequence[Record] = mine) -> tuple[Record, ...]:
             return tuple(r for r in mine if r.get("kind") == kind)
 
-        exposure = of("exposure")
         start, end = _start(name, mine[0]["step"], starts), max(r["step"] for r in mine)
         found[name] = Segment(
             name,
@@ -290,7 +296,8 @@ def _segments(run: RunFolder, starts: Mapping[str, int]) -> dict[str, Segment]:
             of("step"),
             of("eval"),
             of("control"),
-            exposure[-1]["domains"] if exposure else None,
+            of("version"),
+            of("exposure"),
         )
     order = {MAIN: 0, BASE: 2, PROXY: 3}
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], 1), item[1].start)))
@@ -329,17 +336,25 @@ def _cuts(run: RunFolder, plan: Plan | None) -> dict[str, dict[str, Any]]:
 
 def _version(run: RunFolder, branch: Segment, main: Segment | None, cut: Mapping[str, Any]) -> VersionRow:
     export = run.path / "exports" / branch.name
+    measured = branch.judged or branch.evals
+    reached: Record = measured[-1] if measured and measured[-1]["step"] > branch.start else {}
     return VersionRow(
         name=branch.name,
         parent=str(cut.get("parent") or MAIN),
         branch_step=branch.start,
         steps=branch.end - branch.start,
-        slice=str(cut.get("slice") or (branch.evals[-1].get("slice") if branch.evals else "") or ""),
-        heldout_loss=branch.evals[-1]["loss"] if branch.evals else {},
-        before=branch.heldout_at(branch.start) or (main.heldout_at(branch.start) if main else None),
-        undecayed=main.heldout_at(branch.end) if main else None,
+        slice=str(cut.get("slice") or reached.get("slice") or ""),
+        heldout_loss=reached.get("loss", {}),
+        before=branch.heldout_at(branch.start, reached)
+        or (main.heldout_at(branch.start, reached) if main else None),
+        undecayed=main.heldout_at(branch.end, reached) if main else None,
         export=str(export.relative_to(run.path)) if export.is_dir() else None,
     )
+
+
+def _last_of_slice(records: Sequence[Record]) -> list[Record]:
+    """The last exposure of each slice: a sampler counts anew in every slice."""
+    return list({r.get("slice"): r for r in records}.values())
 
 
 def _ledger(run: RunFolder, segments: Mapping[str, Segment], plan: Plan | None) -> Ledger:
@@ -356,7 +371,7 @@ def _ledger(run: RunFolder, segments: Mapping[str, Segment], plan: Plan | None) 
         evaluation_tokens=sum(
             sum(r["tokens"].values())
             for r in (*run.records(), *base)
-            if r.get("kind") == "eval" and r.get("tokens")
+            if r.get("kind") in ("eval", "version") and r.get("tokens")
         ),
         plan=plan,
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-from velopath.report_figure import tokens_text
+from velopath.report_figure import epochs_text, tokens_text
 from velopath.report_record import RunRecord, mean_loss
 
 
@@ -59,7 +60,9 @@ def change(before: float | None, after: float | None) -> Safe | None:
 
 def versions_table(record: RunRecord) -> Safe:
     """One row per version: where it left, what it cost, its losses, each with the change since the branch point."""
-    head = ["version", "parent", "slice", "steps", "mean", *record.domains, "mean, against undecayed"]
+    head = ["version", "parent", "slice", "steps", "mean", *record.domains]
+    if any(v.undecayed for v in record.versions):
+        head.append("mean, against undecayed")
     rows = []
     for v in record.versions:
         before = v.before or {}
@@ -74,7 +77,7 @@ def versions_table(record: RunRecord) -> Safe:
                 _with_change(mean_loss(v.heldout_loss), mean_loss(v.before)),
                 *cells,
                 change(mean_loss(v.undecayed), mean_loss(v.heldout_loss)),
-            ]
+            ][: len(head)]
         )
     return table(head, rows, words=(0, 1, 2))
 
@@ -90,7 +93,6 @@ def domains_table(record: RunRecord) -> Safe:
     """One row per domain: losses at the start, aimed at and reached; shares at the start and the end; tokens."""
     facts = record.domain_facts()
     controls = record.main.controls if record.main else ()
-    read, _ = record.exposure(record.main) if record.main else ({}, False)
     rows = []
     for k, name in enumerate(record.domains):
         f = facts[name]
@@ -103,7 +105,7 @@ def domains_table(record: RunRecord) -> Safe:
                 number(f["target"]),
                 *([f"{s:.1%}" for s in shares] if len(shares) == 2 else [None, None]),
                 tokens_text(f["tokens"] or 0),
-                number(read.get(name, {}).get("epochs"), 2),
+                epochs_text(record.epochs(name)),
             ]
         )
     head = [
@@ -122,7 +124,7 @@ def domains_table(record: RunRecord) -> Safe:
 def cost_table(record: RunRecord) -> Safe:
     """The ledger: the compared steps, then what stands beside them."""
     ledger, per_step = record.ledger, record.row_tokens
-    plan = ledger.plan
+    plan, base = ledger.plan, "beside it: base model"
 
     def line(name: str, run: int, planned: int | None, compared: bool = True) -> list[object]:
         share = ledger.over_ptfs(run) if compared else None
@@ -131,14 +133,14 @@ def cost_table(record: RunRecord) -> Safe:
             f"{run:,}",
             f"{planned:,}" if planned is not None else None,
             f"{share:.1%}" if share is not None else None,
-            tokens_text(run * per_step) if per_step else None,
+            tokens_text(run * per_step) if per_step and name != base else None,
         ]
 
-    rows = [
+    rows: list[list[object]] = [
         line("main path", ledger.main_steps, plan.main_steps if plan else None),
         line("branches", ledger.branch_steps, plan.branch_steps if plan else None),
         line("path switching in all", ledger.actual, plan.steps if plan else None),
-        line("beside it: base model", ledger.base_steps, None, compared=False),
+        line(base, ledger.base_steps, None, compared=False),
         line("beside it: proxy for the targets", ledger.proxy_steps, None, compared=False),
         ["beside it: held-out evaluation", None, None, None, tokens_text(ledger.evaluation_tokens)],
     ]
@@ -149,17 +151,24 @@ def cost_table(record: RunRecord) -> Safe:
 def sources_table(record: RunRecord) -> Safe:
     """Where each domain's text comes from and under which licence."""
     rows = []
-    for k, (name, d) in enumerate(sorted(record.data.items())):
-        size = d.get("bytes")
+    for k, name in enumerate(record.domains):
+        parts = [d[name] for d in record.data.values() if name in d]
+
+        def total(key: str, parts: list[Mapping[str, Any]] = parts) -> int:
+            return sum(p.get(key) or 0 for p in parts)
+
+        def words(key: str, parts: list[Mapping[str, Any]] = parts) -> str | None:
+            return "; ".join(dict.fromkeys(str(p[key]) for p in parts if p.get(key))) or None
+
         rows.append(
             [
                 swatch(k, name),
-                d.get("source"),
-                d.get("licence"),
-                tokens_text(d.get("tokens") or 0),
-                f"{d.get('documents') or 0:,}",
-                f"{size / 1e6:.1f} MB" if size else None,
-                tokens_text(d.get("heldout_tokens") or 0),
+                words("source"),
+                words("licence"),
+                tokens_text(total("tokens")),
+                f"{total('documents'):,}",
+                f"{total('bytes') / 1e6:.1f} MB",
+                tokens_text(max((p.get("heldout_tokens") or 0 for p in parts), default=0)),
             ]
         )
     head = ["domain", "source", "licence", "tokens", "documents", "text", "held-out tokens"]

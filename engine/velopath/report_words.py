@@ -11,7 +11,7 @@ SMALL_SLICE_TOKENS = 20_000_000
 
 def limits_section(record: RunRecord) -> str:
     """The section "What this scale can and cannot show"."""
-    longest = max(record.slices.values(), default=0) * record.row_tokens
+    longest = max((end - start for _, start, end in record.slice_starts), default=0) * record.row_tokens
     small = longest < SMALL_SLICE_TOKENS
     size = f" Its longest slice has {tokens_text(longest)} tokens." if longest else ""
     lead = f"This is one run with one seed and one data order.{size}"

@@ -4,7 +4,8 @@
 | --- | --- |
 | `config.yaml` | the resolved configuration; its sha256 is the config hash |
 | `run.json` | what ran, when and where (keys below) |
-| `data.json` | a copy of the data's `domains.json`: tokens, documents, bytes, licence and source per domain |
+| `data.json` | {slice: its `domains.json`}: tokens, documents, bytes, licence, source per domain |
+| `plan.json` | what was planned, see `velopath.plan` |
 | `targets.json` | the fitted targets, see `velopath.targets` |
 | `lineage.jsonl` | one lineage event a line, see `velopath.lineage`; flushed to disk one by one |
 | `metrics.jsonl` | the record of the run, one JSON object a line (below) |
@@ -22,8 +23,9 @@ which counts the updates done:
 | --- | --- |
 | `step` | `loss` nats, `rate`, `tokens` per step, `tokens_per_second`, `grad_norm`, `data_wait_share` |
 | `eval` | `loss` {domain: nats}, `tokens` {domain: held-out tokens}, `slice` |
+| `version` | as `eval`, on the larger sample that a version is judged by: at its branch point and its end |
 | `control` | `weights`, `velocity` or null, `initial`, `target`, `flagged`, `clipped`, `reason` |
-| `exposure` | `domains` {domain: {`rows`, `tokens`, `epochs`, `unique_tokens`}} read so far, global |
+| `exposure` | `domains` {domain: {`rows`, `tokens`, `epochs`, `unique_tokens`}} of the `slice` so far, global |
 | `sampler` | `tokens_per_second` of the sampler alone |
 | `resume` | nothing: the segment went on from its checkpoint at `step`; its earlier records beyond are void |
 """
