@@ -144,7 +144,7 @@ class _IndexReader:
     def __init__(self, path: Path, *, files: bool) -> None:
         self.path, self.files = path, files
         self.root = os.path.realpath(path.parent)
-        self.seen: dict[str, int] = {}
+        self.seen: dict[str, str] = {}
         self.columns: dict[tuple[Any, ...], Columns] = {}
 
     def wrong(self, where: str, value: object, expected: str) -> DataError:
@@ -237,11 +237,9 @@ class _IndexReader:
         return place
 
     def first_use(self, where: str, path: Path) -> None:
-        number = self.seen.setdefault(str(path), len(self.seen))
-        if number != len(self.seen) - 1:
-            raise self.wrong(
-                f"{where}.raw_data.basename", path.name, f"another file than that of shards[{number}]"
-            )
+        first = self.seen.setdefault(str(path), where)
+        if first != where:
+            raise self.wrong(f"{where}.raw_data.basename", path.name, f"another file than that of {first}")
 
     def column_table(self, where: str, entry: dict[str, Any]) -> Columns:
         lists = [entry.get(f"column_{part}") for part in ("names", "encodings", "sizes")]

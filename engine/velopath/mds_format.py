@@ -158,12 +158,7 @@ def sample_offsets(shard: memoryview, entry: ShardEntry) -> NDArray[np.int64]:
         raise wrong(f"{samples} samples need a table of {head} bytes, the shard has {len(shard)}", "samples")
     offsets = np.frombuffer(shard[4:head], "<u4").astype(np.int64)
     if offsets[0] < head:
-        raise DataError(
-            f"offset {offsets[0]} lies inside the table, which ends at {head}",
-            path=entry.path,
-            sample=0,
-            field="offset",
-        )
+        raise wrong(f"the first offset, {offsets[0]}, lies inside the table, which ends at {head}", "offset")
     falling = np.flatnonzero(np.diff(offsets) < 0)
     if falling.size:
         first = int(falling[0])
@@ -231,9 +226,7 @@ def _decode(value: memoryview, column: TokenColumn) -> NDArray[np.integer[Any]]:
         if rest:
             raise ValueError(f"{len(value)} bytes are no whole number of {dtype} values")
     if length is None or length * item != len(value) - begin:
-        raise ValueError(
-            f"{length} {dtype} values need {(length or 0) * item} bytes, the array has {len(value) - begin}"
-        )
+        raise ValueError(f"{length} values of {dtype} do not fit the {len(value) - begin} bytes of the array")
     return np.frombuffer(value[begin:], np.dtype(dtype).newbyteorder("<")).astype(dtype)
 
 
