@@ -8,7 +8,7 @@ integers; a half rounds up, on alpha as it is written in decimals.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -51,8 +51,7 @@ def compare_costs(steps: Steps, branch_share: float) -> dict[str, int]:
     run). With equal slices: T N (N + 1) / 2, T N and T N + (N - 1) alpha T; at alpha = 0.6 and N = 4 switching
     costs 58 % of PTFS and 145 % of CPT. Derived from LR path switching. Raises `ConfigError` on wrong input.
     """
-    rows = cost_table(steps, branch_share)
-    return {"ptfs": rows[-1].ptfs_total, "cpt": rows[-1].cpt_total, "switching": rows[-1].switching_total}
+    return cost_table(steps, branch_share).totals
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,33 @@ class CostRow:
         return self.switching_total / self.cpt_total
 
 
-def cost_table(slices: Steps, branch_share: float) -> tuple[CostRow, ...]:
-    """One `CostRow` per version, in order. Raises `ConfigError` as `compare_costs` does."""
+@dataclass(frozen=True)
+class CostTable:
+    """One `CostRow` per version, in order; iterates over its rows."""
+
+    branch_share: float
+    rows: tuple[CostRow, ...]
+
+    def __iter__(self) -> Iterator[CostRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Steps of all versions under each method: {"ptfs", "cpt", "switching"}."""
+        last = self.rows[-1]
+        return {"ptfs": last.ptfs_total, "cpt": last.cpt_total, "switching": last.switching_total}
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value: branch share, rows with their shares of PTFS and CPT, totals."""
+        rows = [{**asdict(row), "of_ptfs": row.of_ptfs, "of_cpt": row.of_cpt} for row in self.rows]
+        return {"branch_share": self.branch_share, "rows": rows, "totals": self.totals}
+
+
+def cost_table(slices: Steps, branch_share: float) -> CostTable:
+    """The cost of each version under PTFS, CPT and switching. Raises `ConfigError` as `compare_costs` does."""
     rows: list[CostRow] = []
     end = ptfs_total = switching_total = before = 0
     for number, (name, steps) in enumerate(_slices(slices).items(), start=1):
@@ -95,13 +119,9 @@ def cost_table(slices: Steps, branch_share: float) -> tuple[CostRow, ...]:
         switching = steps + before
         ptfs_total += end
         switching_total += switching
-        rows.append(
-            CostRow(
-                f"v{number}", name, steps, branch, end, steps, switching, ptfs_total, end, switching_total
-            )
-        )
+        rows.append(CostRow(f"v{number}", name, steps, branch, end, steps, switching, ptfs_total, end, switching_total))
         before = branch
-    return tuple(rows)
+    return CostTable(branch_share, tuple(rows))
 
 
 @dataclass(frozen=True)
