@@ -45,7 +45,9 @@ def tokens_of(vocab_size: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=["tied", "untied"])
 def test_transformers_computes_our_logits_from_our_folder(shape, tmp_path):
     decoder = decoder_of(shape)
-    save_hf(tmp_path / "export", decoder, eos=3, model_card="# A model\n")
+    save_hf(
+        tmp_path / "export", decoder, eos=3, model_card="# A model\n", extra={"origin.json": {"steps": 7}}
+    )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert isinstance(theirs, LlamaForCausalLM) and theirs.dtype == torch.float32
     tokens = tokens_of(shape["vocab_size"])
@@ -54,6 +56,7 @@ def test_transformers_computes_our_logits_from_our_folder(shape, tmp_path):
     assert reference.abs().max() > 1.0
     assert (ours - reference).abs().max() < 1e-5
     assert theirs.config.eos_token_id == 3 and theirs.generation_config.eos_token_id == 3
+    assert json.loads((tmp_path / "export" / "origin.json").read_text()) == {"steps": 7}
     assert (tmp_path / "export" / "README.md").read_text() == "# A model\n"
 
 

@@ -122,6 +122,7 @@ def save_hf(
     tokenizer_file: str | Path | None = None,
     eos: int | None = None,
     model_card: str | None = None,
+    extra: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     replace: bool = True,
 ) -> Path:
@@ -129,7 +130,8 @@ def save_hf(
 
     config.json, generation_config.json, model.safetensors (one file, in `dtype`, None: as it is); with
     `tokenizer_file` (a tokenizer.json of Hugging Face tokenizers) also that and tokenizer_config.json, so that
-    `AutoTokenizer` finds it; with `model_card` its text as README.md. `eos` is the id of the end-of-text token.
+    `AutoTokenizer` finds it; with `model_card` its text as README.md; `extra` are further
+    JSON files, name -> content. `eos` is the id of the end-of-text token.
     An existing folder is replaced, or with `replace=False` refused (`ConfigError`).
     """
     folder = Path(folder)
@@ -147,6 +149,8 @@ def save_hf(
         if tokenizer is not None and tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, stage / "tokenizer.json")
             write_json(stage / "tokenizer_config.json", tokenizer)
+        for name, content in (extra or {}).items():
+            write_json(stage / name, content)
         if model_card is not None:
             (stage / "README.md").write_text(model_card, encoding="utf-8")
     return folder
