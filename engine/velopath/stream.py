@@ -97,7 +97,9 @@ def open_sampler(
         raise ConfigError(f"rank is {rank}; expected less than world, {world}")
     if exhaustion not in _POLICIES:
         raise ConfigError(f"exhaustion is {exhaustion!r}; expected one of {', '.join(_POLICIES)}")
-    folders = _folders(root)
+    folders = domain_folders(root)
+    if weights is not None:
+        check_weights(weights, tuple(folders))
     eos = _end_of_text(folders, eos)
     indexes = {name: load_index(folder) for name, folder in folders.items()}
     streams = {
@@ -123,8 +125,6 @@ def open_sampler(
         documents=tuple(s.documents for s in streams.values()),
         fingerprints=tuple(_fingerprint(index) for index in indexes.values()),
     )
-    if weights is not None:
-        check_weights(weights, identity.table.names)
     mix = _mixture(identity.table.names, weights or identity.table.prior)
     core = _core.Sampler(
         list(streams.values()),
@@ -324,8 +324,8 @@ def _domain_key(salt: str, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _folders(root: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
-    """Domain -> folder, sorted by name."""
+def domain_folders(root: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
+    """Domain -> MDS folder, sorted by name; `root` as in `open_sampler`."""
     if isinstance(root, Mapping):
         if not root:
             raise ConfigError("no domains: the mapping domain -> folder is empty")
@@ -347,9 +347,7 @@ def _folders(root: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
 def _end_of_text(folders: Mapping[str, Path], eos: int | None) -> int | None:
     """`eos` as given, or as the domains.json above each folder agree."""
     if eos is None:
-        beside = {
-            p / "domains.json" for f in folders.values() for p in (f.resolve().parent, f.resolve().parents[1])
-        }
+        beside = {p / "domains.json" for f in folders.values() for p in list(f.resolve().parents)[:2]}
         found: dict[int | None, Path] = {}
         for path in sorted(p for p in beside if p.is_file()):
             try:
@@ -387,7 +385,7 @@ def _shards(
 
 
 def _fingerprint(index: MdsFolder) -> str:
-    """Hash of what the index says about the raw shards: the same data compressed differently has the same one."""
+    """Hash of what the index says about the raw shards; how they are compressed does not matter."""
     shards = [
         [s.samples, s.raw_bytes, sorted(s.raw_hashes.items()), s.columns.names, s.columns.encodings]
         for s in index.shards
