@@ -1,0 +1,294 @@
+"""The lineage of a run: which version came from which checkpoint, on what data, by which path, at what cost.
+
+A tree: main checkpoints form the trunk, each version is a leaf at the main checkpoint that it was cut from (LR path
+switching: the main path keeps its own optimiser and goes on undecayed). Pure values; the run folder keeps them as
+one event a line, see `Lineage.apply`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from velopath.errors import ConfigError
+from velopath.schedule import LrPath
+
+MAIN = "main"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was spent: optimiser steps by purpose, tokens trained and evaluated, seconds. Costs add.
+
+    `tokens` counts training tokens of all purposes; `evaluation_tokens` are held-out tokens read forwards only.
+    """
+
+    main_steps: int = 0
+    branch_steps: int = 0
+    proxy_steps: int = 0
+    base_steps: int = 0
+    tokens: int = 0
+    evaluation_tokens: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if getattr(self, f.name) < 0:
+                raise ConfigError(f"{f.name} is {getattr(self, f.name)}; expected 0 or more")
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Version:
+    """A node of the lineage with the edge that leads to it: a version, or a checkpoint of the main path.
+
+    `parent` is the main checkpoint ("main@280") that the edge leaves at `branch_step`, counted on the main path;
+    None for the first edge of the main path, at step 0. The edge is `steps` updates of `slice`. `tokens` were
+    trained on it, `evaluation_tokens` and `seconds` spent on it. `path` is its learning-rate path,
+    `heldout_loss` name -> nats per token at its end, `checkpoint` the digest of what was saved there, `export` the
+    exported folder relative to the run's. `notes` is anything else worth keeping (JSON).
+    """
+
+    name: str
+    parent: str | None
+    branch_step: int
+    steps: int
+    slice: str
+    kind: Literal["version", "main"] = "version"
+    tokens: int = 0
+    evaluation_tokens: int = 0
+    seconds: float = 0.0
+    path: LrPath | None = None
+    heldout_loss: Mapping[str, float] = field(default_factory=dict)
+    checkpoint: str | None = None
+    export: str | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """The step at which the node stands: branch_step + steps."""
+        return self.branch_step + self.steps
+
+    @property
+    def cost(self) -> Cost:
+        """The cost of the edge."""
+        main, branch = (self.steps, 0) if self.kind == "main" else (0, self.steps)
+        return Cost(main, branch, 0, 0, self.tokens, self.evaluation_tokens, self.seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value from which `from_json` makes an equal node."""
+        value = {f.name: getattr(self, f.name) for f in fields(self)}
+        path = self.path.to_json() if self.path is not None else None
+        return {**value, "path": path, "heldout_loss": dict(self.heldout_loss), "notes": dict(self.notes)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Version:
+        """The node that `to_json` wrote. Raises `ConfigError` when it is malformed."""
+        known = {f.name for f in fields(cls)}
+        try:
+            path = LrPath.from_json(value["path"]) if value.get("path") is not None else None
+            return cls(**{**{k: v for k, v in value.items() if k in known}, "path": path})
+        except TypeError as error:
+            raise ConfigError(f"malformed version: {error}; expected what Version.to_json writes") from error
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """A frozen tree of versions; every change returns a new one.
+
+    `nodes` in the order they were added: main checkpoints and versions. `spent` are costs outside the tree, as
+    (what, cost) pairs: the base model, proxies, evaluations, work lost and done again.
+    """
+
+    nodes: tuple[Version, ...] = ()
+    spent: tuple[tuple[str, Cost], ...] = ()
+
+    @property
+    def versions(self) -> tuple[Version, ...]:
+        """The versions, in the order they were cut."""
+        return tuple(n for n in self.nodes if n.kind == "version")
+
+    @property
+    def main(self) -> tuple[Version, ...]:
+        """The main checkpoints, by step."""
+        return tuple(n for n in self.nodes if n.kind == "main")
+
+    @property
+    def cost(self) -> Cost:
+        """Everything spent: all edges and all that lies beside the tree."""
+        return sum((*(n.cost for n in self.nodes), *(cost for _, cost in self.spent)), Cost())
+
+    def find(self, name: str) -> Version:
+        """The node called `name`. Raises `ConfigError` naming what there is."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        known = ", ".join(n.name for n in self.nodes) or "none yet"
+        raise ConfigError(f"no version or main checkpoint {name!r}; there are {known}")
+
+    def with_main(self, step: int, slice: str, **facts: Any) -> Lineage:
+        """The lineage with the main checkpoint "main@STEP" after its last one; unchanged if it is there already.
+
+        `slice` is what the edge from the last checkpoint read; `facts` are further fields of `Version`. Raises
+        `ConfigError` on a step before the last main checkpoint.
+        """
+        if any(node.step == step for node in self.main):
+            return self
+        last = self.main[-1] if self.main else None
+        start = last.step if last is not None else 0
+        if step <= start:
+            raise ConfigError(f"main checkpoint at step {step}, but the main path is at step {start} already")
+        parent = last.name if last is not None else None
+        node = Version(f"{MAIN}@{step}", parent, start, step - start, slice, "main", **facts)
+        return replace(self, nodes=(*self.nodes, node))
+
+    def add(self, version: Version) -> Lineage:
+        """The lineage with one more version.
+
+        `version.parent` names a main checkpoint that stands at `version.branch_step`, or is "main" for the one at
+        that step. Raises `ConfigError` on a name that is taken, an unknown parent or a branch step at which the
+        main path has no checkpoint.
+        """
+        if version.kind != "version":
+            raise ConfigError(f"{version.name!r} is a main checkpoint; add it by with_main(step, slice)")
+        if not version.name or version.name == MAIN or version.name.startswith(f"{MAIN}@"):
+            raise ConfigError(f"version name {version.name!r} is reserved or empty; choose another one")
+        if any(node.name == version.name for node in self.nodes):
+            raise ConfigError(f"version {version.name!r} exists already; choose another name")
+        if version.steps < 1:
+            raise ConfigError(f"version {version.name!r} has {version.steps} steps; expected 1 or more")
+        at = {node.step: node for node in self.main}
+        if version.parent == MAIN and version.branch_step in at:
+            parent = at[version.branch_step]
+        elif version.parent in (MAIN, None):
+            raise ConfigError(
+                f"version {version.name!r} branches at step {version.branch_step}, where the main path has no "
+                f"checkpoint; it has some at {', '.join(map(str, at)) or 'no step yet'}"
+            )
+        else:
+            parent = self.find(str(version.parent))
+        if parent.kind != "main" or parent.step != version.branch_step:
+            raise ConfigError(
+                f"version {version.name!r} branches at step {version.branch_step} from {parent.name!r}, a "
+                f"{'main checkpoint' if parent.kind == 'main' else 'version'} at step {parent.step}; expected a main "
+                "checkpoint at the branch step"
+            )
+        return replace(self, nodes=(*self.nodes, replace(version, parent=parent.name)))
+
+    def with_export(self, name: str, export: str) -> Lineage:
+        """The lineage with the exported folder of node `name` noted (relative to the run folder)."""
+        self.find(name)
+        nodes = tuple(replace(n, export=export) if n.name == name else n for n in self.nodes)
+        return replace(self, nodes=nodes)
+
+    def spend(self, what: str, cost: Cost) -> Lineage:
+        """The lineage with a cost beside the tree, such as ("proxy", Cost(proxy_steps=350))."""
+        return replace(self, spent=(*self.spent, (what, cost)))
+
+    def ancestors(self, name: str) -> tuple[Version, ...]:
+        """The main checkpoints behind node `name`, nearest first. Raises `ConfigError` on an unknown name."""
+        row = []
+        parent = self.find(name).parent
+        while parent is not None:
+            node = self.find(parent)
+            row.append(node)
+            parent = node.parent
+        return tuple(row)
+
+    def slices_read(self, name: str) -> tuple[str, ...]:
+        """The slices behind node `name`, its own included, in the order they were read."""
+        edges = (*reversed(self.ancestors(name)), self.find(name))
+        return tuple(dict.fromkeys(edge.slice for edge in edges))
+
+    def apply(self, event: Mapping[str, Any]) -> Lineage:
+        """The lineage after one event of the record.
+
+        Events: {"event": "main" | "version", ...node}, {"event": "export", "name", "export"},
+        {"event": "spend", "what", "cost": {...}}; others are passed over, so that a run folder may keep more.
+        Raises `ConfigError` as the methods do.
+        """
+        match event.get("event"):
+            case "main":
+                node = Version.from_json(event)
+                facts = {f.name: getattr(node, f.name) for f in fields(node)}
+                for own in ("name", "parent", "branch_step", "steps", "kind"):
+                    facts.pop(own)
+                return self.with_main(node.step, **facts)
+            case "version":
+                return self.add(Version.from_json(event))
+            case "export":
+                return self.with_export(event["name"], event["export"])
+            case "spend":
+                return self.spend(event["what"], Cost(**event["cost"]))
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value, {"version": 1, "events": [...]}, from which `from_json` makes an equal lineage."""
+        events: list[dict[str, Any]] = [{"event": n.kind, **n.to_json()} for n in self.nodes]
+        events += [{"event": "spend", "what": what, "cost": asdict(cost)} for what, cost in self.spent]
+        return {"version": 1, "events": events}
+
+    @classmethod
+    def from_events(cls, events: Iterable[Mapping[str, Any]]) -> Lineage:
+        """The lineage that a run's events build up."""
+        lineage = cls()
+        for event in events:
+            lineage = lineage.apply(event)
+        return lineage
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Lineage:
+        """The lineage that `to_json` wrote. Raises `ConfigError` when it is malformed."""
+        if value.get("version") != 1:
+            raise ConfigError(f"lineage has version {value.get('version')!r}; expected 1")
+        return cls.from_events(value["events"])
+
+
+def ledger(lineage: Lineage) -> dict[str, int]:
+    """Integer totals of a lineage: main_steps, branch_steps, proxy_steps, base_steps, tokens, evaluation_tokens."""
+    total = asdict(lineage.cost)
+    total.pop("seconds")
+    return total
+
+
+def render(lineage: Lineage) -> str:
+    """The lineage as text, newest first, like a version-control log: the main path on the left, versions beside it."""
+    rows: list[tuple[str, str, str]] = []
+    trunk = " "
+    for node in reversed(lineage.main):
+        cut = [v for v in lineage.versions if v.parent == node.name]
+        for version in reversed(cut):
+            rows.append((f"{trunk} * ", version.name, _facts(version)))
+            rows.append((f"{trunk}/", "", ""))
+        rows.append(("*   ", node.name, _facts(node)))
+        trunk = "|"
+    width = max((len(name) for _, name, _ in rows), default=0)
+    lines = [f"{graph}{name:<{width}}  {facts}".rstrip() for graph, name, facts in rows]
+    lines += [f"    {what}: {_cost(cost)}" for what, cost in lineage.spent]
+    return "\n".join(lines) if lines else "nothing trained yet"
+
+
+def _facts(node: Version) -> str:
+    facts = [f"steps {node.branch_step:,}-{node.step:,} ({node.steps:,})", node.slice]
+    if node.tokens:
+        facts.append(f"{node.tokens:,} tokens")
+    if node.heldout_loss:
+        facts.append(f"{sum(node.heldout_loss.values()) / len(node.heldout_loss):.3f} nats")
+    if node.path is not None and node.kind == "version":
+        facts.append(f"{node.path.shape} to {node.path.floor:.3g}")
+    if node.export:
+        facts.append(f"-> {node.export}")
+    return "  ".join(facts)
+
+
+def _cost(cost: Cost) -> str:
+    units = {"tokens": "tokens", "evaluation_tokens": "tokens evaluated", "seconds": "s"}
+    shown = [
+        f"{value:,.0f} {units.get(name, name.replace('_', ' '))}"
+        for name, value in asdict(cost).items()
+        if value
+    ]
+    return ", ".join(shown) or "nothing"
