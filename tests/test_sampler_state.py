@@ -136,7 +136,7 @@ def test_a_second_push_for_the_next_step_is_a_duplicate(root):
         assert sampler.push(WEIGHTS).id == 2
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     at=st.integers(0, 40),
     back=st.integers(0, 30),
@@ -152,7 +152,7 @@ def test_resume_is_bit_identical(root, at, back, options, other):
             sampler.push(pending, at_step=45)
         back = min(back, at)
         state = json.loads(json.dumps(sampler.state_dict(after=at - back - 1 if back else None)))
-        tail = found[at - back :] + run(sampler, {s: w for s, w in PUSHES.items() if s > at}, 60)
+        tail = found[at - back :] + run(sampler, {s: w for s, w in PUSHES.items() if s >= at}, 60)
         exposure = sampler.exposure()
     with opened(root, **other) as resumed:
         run(resumed, {}, 3)
