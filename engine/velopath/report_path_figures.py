@@ -88,7 +88,9 @@ def training_loss_figure(record: RunRecord) -> Figure | None:
         if segment.name != MAIN:
             notes.append(end_label(x[-1], mean[-1], f"<b>{name}</b>", paint))
         else:
-            notes.append(end_label(x[0], mean[0], "main", paint))
+            notes.append(
+                end_label(x[0], max(y[: 1 + len(y) // 20]), "main", paint, yanchor="bottom", xshift=0)
+            )
     if not data:
         return None
     layout |= {"annotations": notes, "xaxis": steps_axis(), "showlegend": False}

@@ -181,7 +181,7 @@ class RunRecord:
                 tokens[name] = tokens.get(name, 0.0) + row["tokens"]
         if not main.exposures:
             ends = [c["step"] for c in main.controls[1:]] + [main.end]
-            for control, end in zip(main.controls, ends, strict=True):
+            for control, end in zip(main.controls, ends, strict=False):
                 for name, share in control["weights"].items():
                     tokens[name] = tokens.get(name, 0.0) + share * (end - control["step"]) * self.row_tokens
         return tokens
