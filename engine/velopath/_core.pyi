@@ -65,3 +65,24 @@ def permute(items: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
 
 def give_rows(shares: Sequence[int], error: Sequence[int], rows: int) -> tuple[list[int], list[int]]:
     """Domains of the next `rows` rows by chairman assignment, and the errors after them."""
+
+def cross_entropy_rows(
+    logits: NDArray[np.float32] | NDArray[np.uint16],
+    targets: NDArray[np.int64],
+    nats: NDArray[np.float32],
+    *,
+    scale: float,
+    ignore_index: int,
+    gradient: bool,
+    threads: int,
+    instruction_set: str = "",
+) -> None:
+    """Write each row's loss in nats and, with `gradient`, scale * (softmax - one hot) over the logits.
+
+    `logits` is (N, V) with contiguous columns, uint16 standing for the bits of bf16; a row whose target is
+    `ignore_index` has loss and gradient 0. `instruction_set` is one of `instruction_sets()`, "" the best.
+    Raises ValueError where an argument does not fit. Runs without the GIL.
+    """
+
+def instruction_sets() -> str:
+    """Instruction sets that this build has and this machine runs, best first, separated by spaces."""
