@@ -147,11 +147,21 @@ void Sampler::drop_from(u64 step) {
 
 // ---- the caller's side
 
+// A step takes tens of microseconds and so does going to sleep and being woken: first look whether one is done soon.
+void Sampler::wait_briefly(Lock& lock) const {
+    const u64 done = done_.load();
+    lock.unlock();
+    const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+    while (done_.load() == done && std::chrono::steady_clock::now() < until) std::this_thread::yield();
+    lock.lock();
+}
+
 std::optional<Handed> Sampler::next(Buffer* spare, const std::function<void()>& poll) {
     using Clock = std::chrono::steady_clock;
     constexpr auto SLICE = std::chrono::milliseconds(100);
     Lock lock(mutex_);
     u64 done = done_;
+    bool waited_briefly = false;
     auto since = Clock::now(), polled = since;
     while (true) {
         check_open();
@@ -165,6 +175,11 @@ std::optional<Handed> Sampler::next(Buffer* spare, const std::function<void()>& 
             continue;
         }
         space_.notify_one();
+        if (!waited_briefly && !gate_) {
+            wait_briefly(lock);
+            waited_briefly = true;
+            continue;
+        }
         ready_.wait_for(lock, SLICE);
         const auto now = Clock::now();
         if (done_ != done) done = done_, since = now;

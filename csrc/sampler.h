@@ -1,6 +1,7 @@
 // Steps handed out in order, assembled ahead by threads that know no Python, and planned again when the shares change.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -92,6 +93,7 @@ private:
     void plan_one(Slot& slot);
     void assemble(Slot& slot) const;
     void drop_from(u64 step);
+    void wait_briefly(Lock& lock) const;
     void check_open() const;
     void open_gate(Lock& lock);
     const Mix& mix_at(u64 step) const;
@@ -110,7 +112,7 @@ private:
     std::vector<Row> drawn_;         // global rows of the step being planned
     u64 handed_;                     // the next step to hand out
     u64 planned_;                    // the next step to plan
-    u64 done_ = 0;                   // steps assembled, to tell slow from stalled
+    std::atomic<u64> done_{0};       // steps assembled: to tell slow from stalled, and to look for one without the mutex
     bool ended_ = false;              // step planned_ cannot be filled
     bool gate_ = false;               // a push is between begin and commit
     bool stopping_ = false;
