@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from velopath.errors import DataError
+from velopath.cli.log import log
+from velopath.errors import ConfigError, DataError
+from velopath.lineage import Lineage, Version
 from velopath.plan import make_plan
 from velopath.report import build_summary, write_report
 from velopath.report_figure import INK, MOST_POINTS, epochs_text, label, smooth, thin, tokens_text
@@ -128,7 +130,7 @@ def test_summary_has_the_fixed_keys_and_the_numbers_of_the_files(run: RunFolder)
     v1, v2 = summary["versions"]
     assert v1 == {
         "name": "v1",
-        "parent": "main",
+        "parent": "main@20",
         "branch_step": 20,
         "steps": 30,
         "heldout_loss": losses(50, 0.25),
@@ -249,6 +251,38 @@ def test_static_weights_and_uncounted_exposure_say_so(tmp_path: Path) -> None:
     assert "the sampler&#x27;s own count is not" in page or "the sampler's own count is not" in page
     assert build_summary(run.path)["domains"][HOSTILE]["tokens"] == 15000
     assert "velocity" not in figures(page)
+
+
+def test_the_lineage_names_versions_beyond_the_plan(run: RunFolder) -> None:
+    lineage = Lineage().with_main(20, "old").with_main(40, "old").with_main(70, "new")
+    extra = Version("extra", "main@40", 40, 25, "old", heldout_loss={"code": 3.25}, export="elsewhere")
+    lineage = lineage.add(Version("v1", "main@20", 20, 30, "old", heldout_loss=losses(50, 0.25))).add(extra)
+    for event in lineage.to_json()["events"]:
+        run.append_event(event)
+    heldout(run, "late", 70, kind="version", count=4000)  # begun and not finished: no version yet
+    versions = {v["name"]: v for v in build_summary(run.path)["versions"]}
+    assert list(versions) == ["v1", "extra", "v2"]
+    assert versions["v1"]["export"] == "exports/v1"
+    facts = {"parent": "main@40", "branch_step": 40, "steps": 25, "heldout_loss": {"code": 3.25}}
+    assert versions["extra"] == {"name": "extra", **facts, "export": "elsewhere"}
+    assert "extra" in write_report(run.path).read_text(encoding="utf-8")
+
+
+def test_the_log_speaks_three_languages(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    lineage = Lineage().with_main(20, HOSTILE)
+    lineage = lineage.add(Version('v"1', "main@20", 20, 30, "old", heldout_loss={"code": 3.25}))
+    for event in lineage.to_json()["events"]:
+        run.append_event(event)
+    log(run.path)
+    assert "main@20" in capsys.readouterr().out
+    log(run.path, as_json=True)
+    assert Lineage.from_json(json.loads(capsys.readouterr().out)) == lineage
+    log(run.path, as_mermaid=True)
+    drawn = capsys.readouterr().out
+    assert drawn.startswith("flowchart LR\n") and "<script>" not in drawn
+    assert 'n1(["v#34;1<br/>3.250 nats"])' in drawn and 'n0 -->|"30 steps, old"| n1' in drawn
+    with pytest.raises(ConfigError, match="--json and --mermaid were both given"):
+        log(run.path, as_json=True, as_mermaid=True)
 
 
 def test_a_damaged_file_is_named(run: RunFolder) -> None:

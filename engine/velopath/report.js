@@ -7,6 +7,9 @@
   let chosen = null; // a theme the reader asked for; null follows the system
   let focus = null; // the colour name of the domain that stands out; null shows all alike
 
+  let paper = false; // on paper the width is that of the page, which cannot be measured before printing
+  const WIDTH_PX = 640, PANEL_PX = 310;
+
   const MARK = "\u0001";
   let sheet = new Map();
   function rgb(name) {
@@ -55,7 +58,9 @@
     for (const figure of figures) {
       const box = document.getElementById("plot-" + figure.id);
       const defaults = figure.layout.yaxis2 ? { ...base, yaxis2: axis } : base;
-      const layout = resolve(merge(defaults, { ...figure.layout, height: figure.height }));
+      const width = paper ? (box.closest(".panels") ? PANEL_PX : WIDTH_PX) : undefined;
+      const size = { height: figure.height, width, autosize: !paper };
+      const layout = resolve(merge(defaults, { ...figure.layout, ...size }));
       Plotly.react(box, resolve(figure.data), layout, config);
     }
   }
@@ -72,7 +77,7 @@
   }
   dark.addEventListener("change", draw);
   let kept = null; // what the reader had chosen before printing, which is always light
-  window.addEventListener("beforeprint", () => { kept = chosen; chosen = "light"; draw(); });
-  window.addEventListener("afterprint", () => { chosen = kept; draw(); });
+  window.addEventListener("beforeprint", () => { kept = chosen; chosen = "light"; paper = true; draw(); });
+  window.addEventListener("afterprint", () => { chosen = kept; paper = false; draw(); });
   draw();
 })();

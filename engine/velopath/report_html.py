@@ -18,6 +18,7 @@ from velopath.report_tables import (
     number,
     sources_table,
     swatch,
+    target_warnings,
     targets_table,
     versions_table,
 )
@@ -334,7 +335,9 @@ def _targets(record: RunRecord, drawn: dict[str, list[Figure]]) -> str:
         )
     now = [number(targets.domains[f.title].target) or "" for f in drawn["fits"]]
     panels = _panels(drawn["fits"], [f"target {n}" for n in now]) if drawn["fits"] else None
-    return _section("targets", "Target losses", targets_table(record), panels, words=words)
+    return _section(
+        "targets", "Target losses", targets_table(record), panels, target_warnings(record), words=words
+    )
 
 
 def _cost(record: RunRecord, drawn: dict[str, list[Figure]]) -> str:

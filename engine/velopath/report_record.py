@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from velopath.errors import DataError
+from velopath.lineage import Lineage
 from velopath.plan import Plan
 from velopath.runfolder import Record, RunFolder
 from velopath.targets import Targets
@@ -50,7 +51,7 @@ class Segment:
 
     def heldout_at(self, step: int, like: Record) -> Mapping[str, float] | None:
         """Held-out losses at exactly this step on as many tokens as `like`, so that the two compare; else None."""
-        found = [r for r in (*self.evals, *self.judged) if r["step"] == step]
+        found = [r for r in (*self.evals, *self.judged) if r["step"] == step and like]
         return next((r["loss"] for r in found if r.get("tokens") == like.get("tokens")), None)
 
 
@@ -211,17 +212,12 @@ def read_run(run: RunFolder) -> RunRecord:
     config, text = _config(run)
     planned = _object(run, "plan.json")
     plan = Plan.from_json(planned) if planned else None
-    cuts = _cuts(run, plan)
-    segments = _segments(run, {n: c["branch_step"] for n, c in cuts.items()})
+    lineage = Lineage.from_events(run.events())
+    segments = _segments(run, _starts(plan, lineage))
     seen = [r["loss"] for s in segments.values() for r in s.evals]
     seen += [r["weights"] for s in segments.values() for r in s.controls]
     names = {name for values in seen for name in values}
     data = {n: d.get("domains", {}) for n, d in _object(run, "data.json").items() if d}
-    versions = tuple(
-        _version(run, s, segments.get(MAIN), cuts.get(n, {}))
-        for n, s in segments.items()
-        if n not in (MAIN, BASE, PROXY)
-    )
     speeds = run.metrics("sampler")
     targets = _object(run, "targets.json")
     return RunRecord(
@@ -232,7 +228,7 @@ def read_run(run: RunFolder) -> RunRecord:
         config_hash=_hash(config) if config else None,
         domains=tuple(sorted(names or {n for d in data.values() for n in d})),
         segments=segments,
-        versions=versions,
+        versions=_versions(run, segments, lineage),
         ledger=_ledger(run, segments, plan),
         targets=Targets.from_json(targets) if targets else None,
         data=data,
@@ -328,28 +324,42 @@ def _steps_run(records: Iterable[Record], starts: Mapping[str, int]) -> dict[str
     return ran
 
 
-def _cuts(run: RunFolder, plan: Plan | None) -> dict[str, dict[str, Any]]:
-    """What is known of each version: from the plan, and over it from the lineage."""
-    planned = plan.branches if plan else ()
-    return {s.name: {"parent": s.parent, "branch_step": s.start_step, "slice": s.slice} for s in planned}
+def _starts(plan: Plan | None, lineage: Lineage) -> dict[str, int]:
+    """Branch steps by version: as planned, and over that as cut."""
+    planned = {s.name: s.start_step for s in plan.branches} if plan else {}
+    return planned | {v.name: v.branch_step for v in lineage.versions}
 
 
-def _version(run: RunFolder, branch: Segment, main: Segment | None, cut: Mapping[str, Any]) -> VersionRow:
-    export = run.path / "exports" / branch.name
-    measured = branch.judged or branch.evals
-    reached: Record = measured[-1] if measured and measured[-1]["step"] > branch.start else {}
-    return VersionRow(
-        name=branch.name,
-        parent=str(cut.get("parent") or MAIN),
-        branch_step=branch.start,
-        steps=branch.end - branch.start,
-        slice=str(cut.get("slice") or reached.get("slice") or ""),
-        heldout_loss=reached.get("loss", {}),
-        before=branch.heldout_at(branch.start, reached)
-        or (main.heldout_at(branch.start, reached) if main else None),
-        undecayed=main.heldout_at(branch.end, reached) if main else None,
-        export=str(export.relative_to(run.path)) if export.is_dir() else None,
-    )
+def _versions(run: RunFolder, segments: Mapping[str, Segment], lineage: Lineage) -> tuple[VersionRow, ...]:
+    """The finished versions, by branch step: those in the lineage, and those whose end was judged."""
+    cut = {v.name: v for v in lineage.versions}
+    main = segments.get(MAIN)
+    rows = []
+    for name in dict.fromkeys((*(n for n in segments if n not in (MAIN, BASE, PROXY)), *cut)):
+        branch, known = segments.get(name), cut.get(name)
+        judged = [r for r in branch.judged if r["step"] > branch.start] if branch else []
+        reached: Record = judged[-1] if judged else {}
+        start = known.branch_step if known else branch.start if branch else 0
+        steps = known.steps if known else reached["step"] - start if reached else 0
+        if not steps:
+            continue  # still on its way
+        export = run.path / "exports" / name
+        found = str(export.relative_to(run.path)) if export.is_dir() else None
+        rows.append(
+            VersionRow(
+                name=name,
+                parent=(known.parent if known else None) or f"{MAIN}@{start}",
+                branch_step=start,
+                steps=steps,
+                slice=known.slice if known else str(reached.get("slice") or ""),
+                heldout_loss=(known.heldout_loss if known else None) or reached.get("loss", {}),
+                before=(branch.heldout_at(start, reached) if branch else None)
+                or (main.heldout_at(start, reached) if main else None),
+                undecayed=main.heldout_at(start + steps, reached) if main else None,
+                export=(known.export if known else None) or found,
+            )
+        )
+    return tuple(sorted(rows, key=lambda row: row.branch_step))
 
 
 def _last_of_slice(records: Sequence[Record]) -> list[Record]:

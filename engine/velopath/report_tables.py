@@ -71,7 +71,7 @@ def versions_table(record: RunRecord) -> Safe:
         rows.append(
             [
                 name,
-                f"{v.parent} at step {v.branch_step:,}",
+                v.parent,
                 v.slice or None,
                 f"{v.steps:,}",
                 _with_change(mean_loss(v.heldout_loss), mean_loss(v.before)),
@@ -195,18 +195,21 @@ def targets_table(record: RunRecord) -> Safe:
                 number(t.error),
                 f"{law.extrapolation(t.tokens):.1f}×" if law and t.tokens else None,
                 len(t.points) or None,
-                "; ".join(t.warnings) or "none",
             ]
         )
     level = f"{targets.level:.0%} interval" if targets else "interval"
-    head = [
-        "domain",
-        "law, D in tokens",
-        "target",
-        level,
-        "leave-last-out error",
-        "extrapolated",
-        "points",
-        "warnings",
-    ]
-    return table(head, rows, words=(0, 1, 7))
+    head = ["domain", "law, D in tokens", "target", level, "leave-last-out error", "extrapolated", "points"]
+    return table(head, rows, words=(0, 1))
+
+
+def target_warnings(record: RunRecord) -> Safe:
+    """What to be wary of in the targets, as a list; empty where there is nothing."""
+    targets = record.targets
+    if targets is None or not targets.warnings:
+        return Safe()
+    lines = "".join(
+        f"<li><b>{escape(name)}</b> {escape('; '.join(t.warnings))}</li>"
+        for name, t in targets.domains.items()
+        if t.warnings
+    )
+    return Safe(f"<h3>Warnings of the fit</h3><ul class=notes>{lines}</ul>")
