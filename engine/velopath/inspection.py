@@ -19,6 +19,7 @@ from velopath.workers import Workers
 
 MEASURED_SHARDS = 8
 """Shards of a domain whose document lengths are read where not all of them are."""
+_ALONE_BYTES = 1 << 25  # below this, starting processes takes longer than reading
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def inspect_data(
     vocab_size = table["tokenizer"]["vocab_size"] if table else None
     tasks = list(_shard_tasks(chosen, vocab_size, everything=verify))
     measured: dict[int, NDArray[np.int64] | str] = {}
-    with Workers(processes if len(tasks) > 4 else 1) as workers:
+    worth_workers = sum(task.entry.raw_bytes for task in tasks) > _ALONE_BYTES
+    with Workers(processes if worth_workers else 1) as workers:
         for number, found in workers.run(_measure, tasks):
             measured[number] = found
             if progress is not None:

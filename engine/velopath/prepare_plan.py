@@ -89,7 +89,7 @@ class DomainPlan:
         known = hashlib.sha256(f"velopath prepare 1 {parts}".encode())
         for split, documents in self.splits.items():
             known.update(f" {split} {len(documents)} ".encode())
-            known.update(documents[["high", "low"]].tobytes())
+            known.update(_hashes(documents))
         return known.hexdigest()
 
 
@@ -158,9 +158,14 @@ def training_set(plans: Sequence[DomainPlan], limit_bytes: int) -> tuple[str, in
     size = 0
     for plan in plans:
         taken = plan.train[: _reach(plan.train, limit_bytes // len(plans))]
-        known.update(taken[["high", "low"]].tobytes())
+        known.update(_hashes(taken))
         size += int(taken["bytes"].sum())
     return known.hexdigest(), size
+
+
+def _hashes(documents: NDArray[np.void]) -> bytes:
+    # Not `documents[["high", "low"]]`: that view keeps the other fields' bytes, which tell where a document lies.
+    return np.column_stack((documents["high"], documents["low"])).tobytes()
 
 
 def _texts(plan: DomainPlan, documents: NDArray[np.void], reading: Reading) -> list[str]:
