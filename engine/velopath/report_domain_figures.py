@@ -131,7 +131,7 @@ def domain_loss_figure(record: RunRecord, k: int) -> Figure | None:
         data.append(
             {"type": "scatter", "mode": "lines+markers", "name": name, "x": steps, "y": losses}
             | {"line": {"color": colour(f"d{k}"), "width": 2, "dash": "solid" if main else "4px,2px"}}
-            | {"marker": {"size": 3.5 if main else [3.5] * (len(steps) - 1) + [8]}}
+            | {"marker": {"size": 3.5 if main else [3.5] * (len(steps) - 1) + [8], "line": {"width": 0}}}
             | {"hovertemplate": "step %{x:,}<br>%{y:.3f} nats<extra>" + name + "</extra>"}
         )
     if not any(t["name"] != "target" for t in data):
@@ -162,7 +162,7 @@ def exposure_figure(record: RunRecord) -> Figure | None:
     bar |= {"text": text, "textposition": "outside", "cliponaxis": False, "marker": {"color": paint}}
     bar |= {"hovertemplate": "%{y}: %{text}<extra></extra>"}
     layout: dict[str, Any] = {"showlegend": False, "bargap": 0.35}
-    layout["xaxis"] = {"title": {"text": "tokens read on the main path"}, "range": [0, max(tokens) * 1.32]}
+    layout["xaxis"] = {"title": {"text": "tokens read on the main path"}, "range": [0, max(tokens) * 1.4]}
     layout["yaxis"] = {"showgrid": False, "automargin": True, "type": "category"}
     return Figure("exposure", "Exposure", [bar], layout, 90 + 34 * len(domains))
 

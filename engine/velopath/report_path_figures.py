@@ -157,7 +157,7 @@ def cost_figure(record: RunRecord) -> Figure | None:
     word = "version" if versions == 1 else "versions"
     layout["xaxis"] = {
         "title": {"text": f"optimiser steps for {versions} {word}"},
-        "range": [0, costs["ptfs"] * 1.3],
+        "range": [0, costs["ptfs"] * 1.42],
     }
     layout["yaxis"] = {"showgrid": False, "automargin": True}
     return Figure("cost", "Cost of the versions", data, layout, 250)
