@@ -300,6 +300,8 @@ def test_steps_of_a_base_run_count_beside_the_comparison(run: RunFolder) -> None
     cost = build_summary(run.path)["cost"]
     assert (cost["base_steps"], cost["main_steps"]) == (50, 70)
     assert cost["evaluation_tokens"] == 2 * 2 * 500 + 4 * 2 * 4000 + 2 * 2 * 500
+    run.append_event({"event": "spend", "what": "base", "cost": {"base_steps": 500}})
+    assert build_summary(run.path)["cost"]["base_steps"] == 500
 
 
 def test_the_picture_is_drawn_also_of_an_empty_run(run: RunFolder, tmp_path: Path) -> None:

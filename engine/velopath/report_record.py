@@ -229,7 +229,7 @@ def read_run(run: RunFolder) -> RunRecord:
         domains=tuple(sorted(names or {n for d in data.values() for n in d})),
         segments=segments,
         versions=_versions(run, segments, lineage),
-        ledger=_ledger(run, segments, plan),
+        ledger=_ledger(run, segments, plan, lineage),
         targets=Targets.from_json(targets) if targets else None,
         data=data,
         sampler_tokens_per_second=float(speeds[-1]["tokens_per_second"]) if speeds else None,
@@ -367,7 +367,9 @@ def _last_of_slice(records: Sequence[Record]) -> list[Record]:
     return list({r.get("slice"): r for r in records}.values())
 
 
-def _ledger(run: RunFolder, segments: Mapping[str, Segment], plan: Plan | None) -> Ledger:
+def _ledger(run: RunFolder, segments: Mapping[str, Segment], plan: Plan | None, lineage: Lineage) -> Ledger:
+    """The steps run. The base model's come from the lineage, which notes what the starting model cost, else from
+    the run that made it, where that lies in this folder."""
     base = list(RunFolder(run.path / "base").records()) if (run.path / "base").is_dir() else []
 
     def steps(name: str) -> int:
@@ -377,7 +379,7 @@ def _ledger(run: RunFolder, segments: Mapping[str, Segment], plan: Plan | None) 
         main_steps=steps(MAIN),
         branch_steps=sum(s.run_steps for n, s in segments.items() if n not in (MAIN, BASE, PROXY)),
         proxy_steps=steps(PROXY),
-        base_steps=steps(BASE) + sum(_steps_run(base, {}).values()),
+        base_steps=lineage.cost.base_steps or steps(BASE) + sum(_steps_run(base, {}).values()),
         evaluation_tokens=sum(
             sum(r["tokens"].values())
             for r in (*run.records(), *base)
