@@ -42,6 +42,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from velopath.durable import write_durably
 from velopath.errors import ConfigError, DataError
 
 Record = dict[str, Any]
@@ -126,17 +127,7 @@ class RunFolder:
         """Write the UTF-8 file `name` whole or not at all and return its path."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(target.parent)
+        write_durably(target, text.encode())
         return target
 
     def read_json(self, name: str) -> Any:
@@ -306,11 +297,3 @@ def _read_lines(path: Path) -> Iterator[Record]:
             if not isinstance(value, dict):
                 raise DataError(f"expected a JSON object, got {type(value).__name__}", path=path, line=number)
             yield value
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
