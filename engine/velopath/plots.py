@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -26,7 +27,7 @@ BLUE, ORANGE, TEAL = "#2a72d4", "#d9601a", "#0e9384"
 COLOURS = (ORANGE, TEAL, "#c2408f", "#b48e06", "#5f9c25", "#c8402f", "#7b6046", "#4a6b8a", "#8a4fc7")
 """Colours of versions, in order; the report's, so that a picture and the report agree."""
 
-_STYLE = {
+_STYLE: Any = {  # a plain dict of rc settings; stubs of matplotlib differ in what keys they know
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": INK,
@@ -92,6 +93,8 @@ def plot_targets(targets: Targets, path: str | Path) -> Path:
                 axis.set_xlabel("training tokens, all domains")
         for axis in axes[len(fitted) :]:
             axis.set_visible(False)
+        words = f"Proxy (circles), fitted law with its {targets.level:.0%} band, target (diamond)"
+        figure.suptitle(words, x=0.01, ha="left", size=10, color=QUIET)
         return _save(figure, path)
 
 
@@ -111,14 +114,13 @@ def plot_lr_paths(
         axis = figure.subplots()
         steps = _steps(0, last, main.warmup_steps)
         axis.plot(steps, main.rates(steps), color=BLUE, zorder=3)
-        middle = (main.warmup_steps + (min(starts) if starts else last)) / 2
         axis.annotate(
             "main path",
-            (middle, main.peak),
-            xytext=(0, 6),
+            (main.warmup_steps, main.peak),
+            xytext=(7, -16),
             textcoords="offset points",
             color=BLUE,
-            ha="center",
+            weight="bold",
         )
         for colour, (name, branch) in zip(_cycle(len(branches)), branches.items(), strict=True):
             first, end = branch.decay_from or 0, branch.end_step or span
@@ -128,16 +130,16 @@ def plot_lr_paths(
             axis.plot(end, branch.rate(end), "o", color=colour, ms=5, zorder=4, clip_on=False)
             axis.annotate(
                 name,
-                (end, branch.rate(end)),
-                xytext=(7, 7),
+                (first, branch.rate(first)),
+                xytext=(0, 9),
                 textcoords="offset points",
                 color=colour,
                 weight="bold",
-                annotation_clip=False,
+                ha="center",
             )
-        axis.set_title("Learning rate")
+        axis.set_title("Main path and branches" if branches else "Main path")
         axis.set_xlabel("step")
-        axis.set_ylabel("rate of an update")
+        axis.set_ylabel("learning rate")
         axis.set_xlim(0, span * 1.04)
         axis.set_ylim(0, main.peak * 1.16)
         axis.yaxis.set_major_formatter(FuncFormatter(_rate_label))
@@ -189,6 +191,7 @@ def _draw_walk(axis: Axes, plan: Plan) -> None:
     branches = plan.branches
     count = len(branches)
     end = sum(steps for _, steps in plan.slices)
+    even = len({branch.steps for branch in branches}) == 1
     edge, labels = 0, []
     for name, steps in plan.slices:
         axis.axvline(edge + steps, color=GRID, lw=1, zorder=0)
@@ -199,21 +202,23 @@ def _draw_walk(axis: Axes, plan: Plan) -> None:
         "main path", (0, 0), xytext=(0, 9), textcoords="offset points", color=BLUE, weight="bold", ha="left"
     )
     for number, (colour, branch) in enumerate(zip(_cycle(count), branches, strict=True), start=1):
-        drop = -number
+        drop = number - 1 - count  # v1 lowest: so no stem crosses another branch or its name
         axis.plot([branch.start_step, branch.start_step], [0, drop], color=colour, lw=1.2, zorder=2)
         axis.plot([branch.start_step, branch.end_step], [drop, drop], color=colour, lw=4, zorder=3)
         axis.plot(branch.start_step, 0, "o", color="white", mec=colour, mew=1.8, ms=6, zorder=4)
         axis.annotate(
-            f"{branch.name}: {branch.steps:,} steps",
+            branch.name if even else f"{branch.name}: {branch.steps:,} steps",
             (branch.start_step, drop),
-            xytext=(6, 6),
+            xytext=(5, 6),
             textcoords="offset points",
             color=colour,
+            weight="bold",
         )
-    axis.set_title("What is run")
+    each = f": branches of {branches[0].steps:,} steps" if even else ""
+    axis.set_title(f"What is run{each}")
     axis.set_xlabel("step")
     axis.set_ylim(-count - 0.5, 1.1)
-    axis.set_xlim(-0.01 * end, end * 1.01)
+    axis.set_xlim(-0.01 * end, end * 1.02)
     axis.set_yticks([])
     axis.grid(False)
     axis.spines["left"].set_visible(False)
@@ -236,7 +241,7 @@ def _draw_target(axis: Axes, name: str, domain: DomainTarget, law: TargetLaw, le
     axis.plot(tokens, losses, "o", color="white", mec=INK, mew=1.3, ms=5, zorder=4)
     axis.plot(end, domain.target, "D", color=ORANGE, ms=6, zorder=5, clip_on=False)
     axis.annotate(
-        f"target {domain.target:.2f}",
+        f"target {domain.target:.3f}",
         (end, domain.target),
         xytext=(-9, 0),
         textcoords="offset points",
@@ -246,7 +251,7 @@ def _draw_target(axis: Axes, name: str, domain: DomainTarget, law: TargetLaw, le
         va="top" if domain.target <= losses.min() else "bottom",
     )
     axis.set_title(name)
-    error = f", left-out error {domain.error:.3f}" if domain.error is not None else ""
+    error = f", left-out error {domain.error:.3f} nats" if domain.error is not None else ""
     formula = f"{law.E:.2f} + " if law.law == "three" else ""
     axis.text(
         1,
@@ -263,7 +268,8 @@ def _draw_target(axis: Axes, name: str, domain: DomainTarget, law: TargetLaw, le
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xticks(_ticks(float(tokens[0]), float(x[-1])))
     bottom, top = min(float(low.min()), domain.target), max(float(high.max()), float(losses.max()))
-    axis.set_ylim(bottom - 0.16 * (top - bottom), top + 0.16 * (top - bottom))
+    space = max(0.16 * (top - bottom), (0.1 - (top - bottom)) / 2)  # noise on a flat curve shall look flat
+    axis.set_ylim(bottom - space, top + space)
     axis.yaxis.set_major_locator(MaxNLocator(5))
 
 
