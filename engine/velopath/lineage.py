@@ -86,13 +86,11 @@ class Version:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Version:
-        """The node that `to_json` wrote. Raises `ConfigError` when it is malformed."""
+        """The node that `to_json` wrote; keys that a node does not have are passed over. Raises `TypeError` where one
+        is missing, which `Lineage.apply` turns into a `ConfigError`."""
         known = {f.name for f in fields(cls)}
-        try:
-            path = LrPath.from_json(value["path"]) if value.get("path") is not None else None
-            return cls(**{**{k: v for k, v in value.items() if k in known}, "path": path})
-        except TypeError as error:
-            raise ConfigError(f"malformed version: {error}; expected what Version.to_json writes") from error
+        path = LrPath.from_json(value["path"]) if value.get("path") is not None else None
+        return cls(**{**{k: v for k, v in value.items() if k in known}, "path": path})
 
 
 @dataclass(frozen=True)
@@ -130,20 +128,27 @@ class Lineage:
         raise ConfigError(f"no version or main checkpoint {name!r}; there are {known}")
 
     def with_main(self, step: int, slice: str, **facts: Any) -> Lineage:
-        """The lineage with the main checkpoint "main@STEP" after its last one; unchanged if it is there already.
+        """The lineage with the main checkpoint "main@STEP"; unchanged if it is there already.
 
-        `slice` is what the edge from the last checkpoint read; `facts` are further fields of `Version`. Raises
-        `ConfigError` on a step before the last main checkpoint.
+        `slice` is what the edge from the checkpoint before read; `facts` are further fields of `Version`. A step
+        before the last main checkpoint cuts the edge it lies on in two. Raises `ConfigError` on a step below 1.
         """
         if any(node.step == step for node in self.main):
             return self
-        last = self.main[-1] if self.main else None
-        start = last.step if last is not None else 0
-        if step <= start:
-            raise ConfigError(f"main checkpoint at step {step}, but the main path is at step {start} already")
-        parent = last.name if last is not None else None
+        if step < 1:
+            raise ConfigError(f"main checkpoint at step {step}; expected 1 or more")
+        before = max((n for n in self.main if n.step < step), key=lambda n: n.step, default=None)
+        start, parent = (before.step, before.name) if before is not None else (0, None)
         node = Version(f"{MAIN}@{step}", parent, start, step - start, slice, "main", **facts)
-        return replace(self, nodes=(*self.nodes, node))
+        after = next((n for n in self.main if n.branch_step == start and n.step > step), None)
+        if after is None:
+            return replace(self, nodes=(*self.nodes, node))
+        # An edge that was run as one is cut in two: its tokens by steps, what else it cost stays behind.
+        share = after.tokens * (after.step - step) // after.steps
+        node = replace(node, slice=after.slice, tokens=after.tokens - share, evaluation_tokens=0, seconds=0.0)
+        rest = replace(after, parent=node.name, branch_step=step, steps=after.step - step, tokens=share)
+        at = self.nodes.index(after)
+        return replace(self, nodes=(*self.nodes[:at], node, rest, *self.nodes[at + 1 :]))
 
     def add(self, version: Version) -> Lineage:
         """The lineage with one more version.
@@ -210,19 +215,22 @@ class Lineage:
         {"event": "spend", "what", "cost": {...}}; others are passed over, so that a run folder may keep more.
         Raises `ConfigError` as the methods do.
         """
-        match event.get("event"):
-            case "main":
-                node = Version.from_json(event)
-                facts = {f.name: getattr(node, f.name) for f in fields(node)}
-                for own in ("name", "parent", "branch_step", "steps", "kind"):
-                    facts.pop(own)
-                return self.with_main(node.step, **facts)
-            case "version":
-                return self.add(Version.from_json(event))
-            case "export":
-                return self.with_export(event["name"], event["export"])
-            case "spend":
-                return self.spend(event["what"], Cost(**event["cost"]))
+        try:
+            match event.get("event"):
+                case "main":
+                    node = Version.from_json(event)
+                    facts = {f.name: getattr(node, f.name) for f in fields(node)}
+                    for own in ("name", "parent", "branch_step", "steps", "kind"):
+                        facts.pop(own)
+                    return self.with_main(node.step, **facts)
+                case "version":
+                    return self.add(Version.from_json(event))
+                case "export":
+                    return self.with_export(event["name"], event["export"])
+                case "spend":
+                    return self.spend(event["what"], Cost(**event["cost"]))
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"malformed lineage event {event.get('event')!r}: {error}") from error
         return self
 
     def to_json(self) -> dict[str, Any]:

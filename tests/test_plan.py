@@ -1,0 +1,159 @@
+"""Costs and plans against sums worked out by hand; the plan is what the cost says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from velopath.errors import ConfigError
+from velopath.plan import Plan, Segment, branch_steps, compare_costs, cost_table, make_plan
+
+
+def test_the_published_share() -> None:
+    # PTFS 1000 (1 + 2 + 3 + 4); CPT 4 * 1000; switching 4 * 1000 + 3 * 600
+    assert compare_costs([1000] * 4, 0.6) == {"ptfs": 10000, "cpt": 4000, "switching": 5800}
+    last = cost_table([1000] * 4, 0.6).rows[-1]
+    assert (last.of_ptfs, last.of_cpt) == (0.58, 1.45)
+
+
+@pytest.mark.parametrize(
+    ("count", "ptfs", "switching", "share"),
+    [
+        (1, 1, 1.0, 1.0),
+        (2, 3, 2.6, 0.867),
+        (3, 6, 4.2, 0.700),
+        (4, 10, 5.8, 0.580),
+        (5, 15, 7.4, 0.493),
+        (6, 21, 9.0, 0.429),
+        (8, 36, 12.2, 0.339),
+        (10, 55, 15.4, 0.280),
+    ],
+)
+def test_cost_by_number_of_versions(count: int, ptfs: int, switching: float, share: float) -> None:
+    """In units of T, alpha 0.6."""
+    costs = compare_costs([1000] * count, 0.6)
+    assert costs == {"ptfs": 1000 * ptfs, "cpt": 1000 * count, "switching": round(1000 * switching)}
+    assert costs["switching"] / costs["ptfs"] == pytest.approx(share, abs=5e-4)
+
+
+def test_unequal_slices() -> None:
+    table = cost_table({"spring": 100, "summer": 301, "autumn": 50}, 0.5)
+    # S = 100, 401, 451; r = 50, 150.5 -> 151, 25
+    # PTFS 100 + 401 + 451 = 952; CPT 451; switching 451 + 50 + 151 = 652
+    assert table.totals == {"ptfs": 952, "cpt": 451, "switching": 652}
+    assert [row.branch for row in table] == [50, 151, 25]
+    assert [(row.ptfs, row.cpt, row.switching) for row in table] == [
+        (100, 100, 100),
+        (401, 301, 351),
+        (451, 50, 201),
+    ]
+    assert [row.switching_total for row in table] == [100, 451, 652]
+    assert [row.slice for row in table] == ["spring", "summer", "autumn"]
+    value = json.loads(json.dumps(table.to_json()))
+    assert value["rows"][2]["of_ptfs"] == 652 / 952
+    assert value["totals"]["switching"] == 652
+    assert len(table) == 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "rounded"),
+    [
+        (1000, 0.6, 600),
+        (100, 0.145, 15),  # 14.5 exactly, though 0.145 * 100 is 14.499999999999998 in floats
+        (100, 0.29, 29),  # 28.999999999999996 in floats
+        (5, 0.5, 3),  # 2.5, half up
+        (7, 0.1, 1),  # 0.7
+        (3, 1, 3),
+        (10**15 + 1, 0.3, 300000000000000),  # 3e14 + 0.3: beyond what a float product keeps
+    ],
+)
+def test_branch_steps_round_half_up_on_decimals(steps: int, share: float, rounded: int) -> None:
+    assert branch_steps(steps, share) == rounded
+
+
+def test_the_demo_plan() -> None:
+    plan = make_plan({"first": 700, "second": 700}, 0.6)
+    assert plan.segments == (
+        Segment("main", "main", "first", 0, 280),
+        Segment("v1", "branch", "first", 280, 700, "main"),
+        Segment("main", "main", "first", 280, 700),
+        Segment("main", "main", "second", 700, 980),
+        Segment("v2", "branch", "second", 980, 1400, "main"),
+    )
+    assert (plan.main_steps, plan.branch_steps, plan.steps) == (980, 840, 1820)
+    assert plan.costs == {"ptfs": 2100, "cpt": 1400, "switching": 1820}
+    assert plan.planned_over_ptfs == 1820 / 2100
+    assert plan.versions == ("v1", "v2")
+    assert [branch.start_step for branch in plan.branches] == [280, 980]
+
+
+def test_a_branch_as_long_as_its_slice() -> None:
+    plan = make_plan([10, 20], 1.0, versions=["spring", "autumn"])
+    assert plan.segments == (
+        Segment("spring", "branch", "slice-1", 0, 10, "main"),
+        Segment("main", "main", "slice-1", 0, 10),
+        Segment("autumn", "branch", "slice-2", 10, 30, "main"),
+    )
+
+
+@given(steps=st.lists(st.integers(1, 10_000), min_size=1, max_size=8), share=st.floats(0.05, 1))
+@settings(max_examples=100, deadline=None)
+def test_plan_and_cost_agree(steps: list[int], share: float) -> None:
+    if any(round(share * n) < 1 for n in steps):
+        steps = [n + 20 for n in steps]
+    plan = make_plan(steps, share)
+    costs = compare_costs(steps, share)
+    assert plan.steps == costs["switching"]
+    assert costs["ptfs"] == sum((len(steps) - i) * n for i, n in enumerate(steps))
+    assert costs["cpt"] <= costs["switching"] <= costs["ptfs"]
+    at = 0
+    for segment in plan.segments:  # the main path has no gap, and every branch leaves it where it stands
+        assert segment.start_step == at
+        assert segment.steps >= 1
+        at = segment.end_step if segment.kind == "main" else at
+    assert [b.end_step for b in plan.branches] == [sum(steps[: i + 1]) for i in range(len(steps))]
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "message"),
+    [
+        ([], 0.6, "no slices: a plan needs the steps of at least one version"),
+        ({}, 0.6, "no slices"),
+        ([100, 0], 0.6, "slice 'slice-2' has 0 steps; expected a whole number, 1 or more"),
+        ({"a": 1.5}, 0.6, "slice 'a' has 1.5 steps"),
+        ({"a": True}, 0.6, "slice 'a' has True steps"),
+        ([100], 1.2, "branch_share is 1.2: the branch would be longer than its slice of 100 steps"),
+        ([100], 0, r"branch_share is 0; expected a share of the slice in \(0, 1\]"),
+        ([100], float("nan"), "branch_share is nan"),
+        ([100], "0.6", "branch_share is '0.6'; expected a number"),
+        ([100, 2], 0.1, "branch_share 0.1 of a slice of 2 steps is a branch of 0 steps"),
+    ],
+)
+def test_refusals(steps: Any, share: Any, message: str) -> None:
+    for call in (compare_costs, make_plan):
+        with pytest.raises(ConfigError, match=message):
+            call(steps, share)
+
+
+@pytest.mark.parametrize("names", [["v1", "v1"], ["main", "v2"], ["", "v2"]])
+def test_version_names_are_checked(names: list[str]) -> None:
+    with pytest.raises(ConfigError, match="expected different names, none empty and none 'main'"):
+        make_plan([5, 5], 0.6, versions=names)
+    with pytest.raises(ConfigError, match="1 version names for 2 slices"):
+        make_plan([5, 5], 0.6, versions=["a"])
+
+
+def test_malformed_json() -> None:
+    value = make_plan([700, 700], 0.6).to_json()
+    with pytest.raises(ConfigError, match="plan has version 3; expected 1"):
+        Plan.from_json({**value, "version": 3})
+    with pytest.raises(ConfigError, match="malformed plan: 'slices'"):
+        Plan.from_json({"version": 1})
+    value["segments"][0]["end_step"] = 281
+    with pytest.raises(ConfigError, match="its segments do not follow from its slices"):
+        Plan.from_json(value)
