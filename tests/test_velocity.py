@@ -136,7 +136,7 @@ def test_bounded_shares_by_hand() -> None:
     low=st.floats(0, 1),
     high=st.floats(0, 1),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_bounds_hold_and_shares_sum_to_one(shares: list[float], low: float, high: float) -> None:
     count = len(shares)
     total = math.fsum(shares)

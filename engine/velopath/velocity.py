@@ -79,7 +79,7 @@ def bounded_shares(shares: Sequence[float], floor: float, cap: float) -> tuple[f
         else:
             high = middle
     result = cut(high)
-    return tuple(r if s > 0 or r > math.sqrt(_TINY) else 0.0 for r, s in zip(result, shares, strict=True))
+    return tuple(r if s > 0 or r > math.sqrt(_TINY) else floor for r, s in zip(result, shares, strict=True))
 
 
 @dataclass(frozen=True)
