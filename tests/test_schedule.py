@@ -92,7 +92,7 @@ def stepped(shape: str, steps: int, peak: float, floor: float) -> list[float]:
     """The decay as one who steps through it computes it: each rate from the last one, no cosine, no power."""
     drop, rates = peak - floor, []
     c1, s1 = math.cos(math.pi / steps), math.sin(math.pi / steps)
-    c, s, left = 1.0, 0.0, 1.0
+    c, s, left = 1.0, 0.0, 0.0 if shape == "sqrt" else 1.0
     ratio = 0.5 ** (8 / steps)
     for done in range(steps):
         match shape:
@@ -102,8 +102,9 @@ def stepped(shape: str, steps: int, peak: float, floor: float) -> list[float]:
             case "linear":
                 rates.append(floor + drop * left)
                 left -= 1 / steps
-            case "sqrt":
+            case "sqrt":  # sqrt(k + 1) from sqrt(k)
                 rates.append(floor + drop * (1 - left))
+                left = math.hypot(left, math.sqrt(1 / steps))
             case "knee":
                 rates.append(floor + drop * min(1.0, 2 * left))
                 left -= 1 / steps
@@ -113,10 +114,6 @@ def stepped(shape: str, steps: int, peak: float, floor: float) -> list[float]:
             case "exponential":
                 rates.append(max(floor, peak * left))
                 left *= ratio
-        if shape == "sqrt":  # sqrt(k + 1) from sqrt(k)
-            left = 0.0 if done < 0 else math.hypot(left if done else 0.0, math.sqrt(1 / steps))
-    if shape == "sqrt":
-        rates[0] = peak
     return rates
 
 
