@@ -36,7 +36,7 @@ def check_values(targets: Tensor, domains: Tensor, vocab: int, n_domains: int, i
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
         raise ConfigError(
-            f"domain {int(domains[at])} at {at} is not in [0, {n_domains}); n_domains={n_domains}"
+            f"domain {int(domains[at])} at {at} is not in [0, n_domains={n_domains})"
         )
     return counted.sum()
 

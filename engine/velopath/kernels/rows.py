@@ -100,15 +100,18 @@ def cross_entropy_rows(
     tl.store(NATS + row, (m - x_target) + tl.log2(d) * LN2 + poison)
 
 
-def row_config(n_load: int, itemsize: int) -> dict[str, int | bool]:
-    """Block sizes and warps of `cross_entropy_rows` for rows of `n_load` columns of `itemsize` bytes."""
+def row_config(n_load: int, itemsize: int, warp: int = 32) -> dict[str, int | bool]:
+    """Block sizes and warps of `cross_entropy_rows` for rows of `n_load` columns of `itemsize` bytes.
+
+    `warp` is the number of threads in a warp: 64 on AMD.
+    """
     vector = 16 // itemsize
     block = max(triton.next_power_of_2(n_load), 128)
     if n_load * itemsize <= WHOLE_ROW_BYTES:
-        warps = min(max(block // 1024, 1), 16 if itemsize == 2 else 32)
-        return {"WHOLE_ROW": True, "BLOCK": block, "VECTOR": vector, "num_warps": warps}
-    # 32 warps of more than 32 registers: one row, at most two, in flight per multiprocessor.
-    return {"WHOLE_ROW": False, "BLOCK": 32 * 32 * vector, "VECTOR": vector, "num_warps": 32}
+        threads = min(max(block // 32, warp), 512)
+        return {"WHOLE_ROW": True, "BLOCK": block, "VECTOR": vector, "num_warps": threads // warp}
+    # The most threads a program can have: at most two rows are then in flight per multiprocessor.
+    return {"WHOLE_ROW": False, "BLOCK": 1024 * vector, "VECTOR": vector, "num_warps": 1024 // warp}
 
 
 def write_rows(
@@ -139,7 +142,7 @@ def write_rows(
             columns,
             ignore_index,
             HAS_GRADIENT=gradient,
-            **row_config(columns, logits.element_size()),
+            **row_config(columns, logits.element_size(), 64 if torch.version.hip else 32),
         )
 
 
