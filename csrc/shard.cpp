@@ -85,6 +85,7 @@ Shard::Shard(ShardSpec spec) : spec_(std::move(spec)) {
         if (bytes >= 0) overhead_ += static_cast<std::uint64_t>(bytes);
     }
     lean_ = others_fixed && spec_.encoding.type.has_value();
+    while (spec_.encoding.type && (std::uint64_t{1} << shift_) < width(*spec_.encoding.type)) ++shift_;
 
     const int file = ::open(spec_.path.c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) throw DataError(std::string("cannot open the shard: ") + std::strerror(errno), spec_.path);
@@ -111,7 +112,7 @@ Shard::Shard(ShardSpec spec) : spec_(std::move(spec)) {
 }
 
 Shard::Shard(Shard&& other) noexcept
-    : spec_(std::move(other.spec_)), lean_(other.lean_), overhead_(other.overhead_),
+    : spec_(std::move(other.spec_)), lean_(other.lean_), shift_(other.shift_), overhead_(other.overhead_),
       samples_(other.samples_), data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
 
 Shard::~Shard() {
@@ -140,8 +141,6 @@ void Shard::fail(const std::string& problem, std::uint64_t sample) const {
     throw DataError(problem, spec_.path, static_cast<std::int64_t>(sample), spec_.columns[spec_.token_column]);
 }
 
-std::uint32_t Shard::offset(std::uint64_t i) const { return load<std::uint32_t>(data_ + 4 + 4 * i); }
-
 std::uint64_t Shard::payload_of_size(std::uint64_t i) const {
     const std::uint64_t size = offset(i + 1) - offset(i);  // the table is monotone
     if (size < overhead_)
@@ -149,20 +148,14 @@ std::uint64_t Shard::payload_of_size(std::uint64_t i) const {
     return size - overhead_;
 }
 
-// The stored shape of a 1-D array of n values takes 1 + w bytes, w = 1, 2, 4 for n below 2^8, 2^16, 2^32, so the number
-// of values follows from the payload's bytes. document() compares with what is stored.
+// tokens(), with errors in words.
 std::uint64_t Shard::tokens_of_size(std::uint64_t i, std::uint64_t payload) const {
-    const std::uint64_t item = width(*spec_.encoding.type);
-    std::uint64_t head = 0;
-    if (spec_.encoding.length) {
-        if (payload != *spec_.encoding.length * item)
-            fail("has " + std::to_string(payload) + " bytes of values, the shape asks for " + std::to_string(*spec_.encoding.length * item), i);
-    } else if (!spec_.encoding.plain) {
-        head = payload <= 2 + 0xFF * item ? 2 : payload <= 3 + 0xFFFF * item ? 3 : 5;
-    }
+    const std::uint64_t item = std::uint64_t{1} << shift_, head = head_of(payload);
+    if (spec_.encoding.length && payload != *spec_.encoding.length * item)
+        fail("has " + std::to_string(payload) + " bytes of values, the shape asks for " + std::to_string(*spec_.encoding.length * item), i);
     if (payload < head || (payload - head) % item != 0)
         fail("has " + std::to_string(payload) + " bytes, no whole number of " + std::to_string(item) + "-byte values", i);
-    return (payload - head) / item;
+    return (payload - head) >> shift_;
 }
 
 Document Shard::document(std::uint64_t i) const {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -52,7 +53,13 @@ public:
 
     // Tokens of sample i. Known from the offset table alone where the token column is the only variable one and
     // its type is in the encoding, so that counting a corpus touches no payload page.
-    std::uint64_t tokens(std::uint64_t i) const { return lean_ ? tokens_of_size(i, payload_of_size(i)) : document(i).tokens; }
+    std::uint64_t tokens(std::uint64_t i) const {
+        if (!lean_) return document(i).tokens;
+        const std::uint64_t payload = offset(i + 1) - offset(i) - overhead_;  // a too small sample wraps to too large
+        const std::uint64_t head = head_of(payload), values = payload - head;
+        const bool sound = payload <= bytes_ && payload >= head && (values & ((std::uint64_t{1} << shift_) - 1)) == 0;
+        return sound && !spec_.encoding.length ? values >> shift_ : tokens_of_size(i, payload_of_size(i));
+    }
 
     // Sample i, checked against its stored sizes and shape.
     Document document(std::uint64_t i) const;
@@ -63,13 +70,26 @@ public:
     [[noreturn]] void fail(const std::string& problem, std::uint64_t sample) const;
 
 private:
-    std::uint32_t offset(std::uint64_t i) const;
+    std::uint32_t offset(std::uint64_t i) const {
+        std::uint32_t value;
+        std::memcpy(&value, data_ + 4 + 4 * i, sizeof value);
+        return value;
+    }
+
+    // Bytes of the stored shape before the values of a 1-D array: 1 + w, w = 1, 2, 4 for fewer than 2^8, 2^16, 2^32
+    // values, so the payload's bytes tell. document() compares with what is stored.
+    std::uint64_t head_of(std::uint64_t payload) const {
+        if (spec_.encoding.plain || spec_.encoding.length) return 0;
+        return payload <= 2 + (std::uint64_t{0xFF} << shift_) ? 2 : payload <= 3 + (std::uint64_t{0xFFFF} << shift_) ? 3 : 5;
+    }
+
     std::uint64_t payload_of_size(std::uint64_t i) const;
     std::uint64_t tokens_of_size(std::uint64_t i, std::uint64_t payload) const;
     void check_table() const;
 
     ShardSpec spec_;
     bool lean_ = false;           // tokens() needs the offset table only
+    unsigned shift_ = 0;          // log2 of the bytes of a token, where the encoding has the type
     std::uint64_t overhead_ = 0;  // bytes of a sample that are not the token column, where lean
     std::uint64_t samples_ = 0;
     const unsigned char* data_ = nullptr;

@@ -7,6 +7,9 @@ namespace velopath {
 
 TokenStream::TokenStream(std::vector<ShardSpec> specs, std::optional<std::int32_t> eos) : eos_(eos) {
     parts_.reserve(specs.size());
+    std::size_t marks = 0;
+    for (const ShardSpec& spec : specs) marks += (std::min(spec.samples, spec.raw_bytes / 4) + STRIDE - 1) / STRIDE;
+    marks_.reserve(marks);
     for (ShardSpec& spec : specs) {
         Shard shard(std::move(spec));
         const std::uint64_t first_token = tokens_;
@@ -20,7 +23,6 @@ TokenStream::TokenStream(std::vector<ShardSpec> specs, std::optional<std::int32_
         if (tokens_ == first_token) marks_.resize(first_mark);
         else parts_.push_back({std::move(shard), first_token, first_mark});
     }
-    marks_.shrink_to_fit();
 }
 
 void TokenStream::read(std::uint64_t position, std::uint64_t count, std::int32_t* out) const {
