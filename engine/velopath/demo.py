@@ -19,7 +19,7 @@ from velopath.errors import ConfigError
 from velopath.export import export_version
 from velopath.prepare import prepare
 from velopath.proxy import find_targets
-from velopath.report import write_report
+from velopath.report import build_summary, write_report
 from velopath.report_picture import write_png
 from velopath.run import Run
 from velopath.sampler_speed import log_sampler_speed
@@ -60,6 +60,7 @@ def run_demo(out: Path, *, show: Show, say: Say, fresh: bool = False, scale: flo
     base = _train_base(out, scale, show)
     run_config = demo_config(out, base, scale)
     with Run.open(run_config, out, command="velopath demo") as run, show(run):
+        run.seconds_before = time.perf_counter() - start
         say("targets: proxy trunk at the original weights, one law per domain")
         find_targets(run)
         say("main path under Velocitune, a branch for each version")
@@ -70,12 +71,8 @@ def run_demo(out: Path, *, show: Show, say: Say, fresh: bool = False, scale: flo
                 cut_version(run, segment.name)
                 export_version(run, segment.name)
         log_sampler_speed(run)
-        run.add_seconds(time.perf_counter() - start - run.seconds)
-    page = write_report(out)
+    say(f"report: {write_report(out)}")
     write_png(out, out / "report.png")
-    say(f"report: {page}")
-    from velopath.report import build_summary
-
     return build_summary(out)
 
 

@@ -13,11 +13,7 @@ from velopath.hf import load_hf, save_hf
 from velopath.model import Decoder
 from velopath.model_card import model_card
 from velopath.run import MAIN, Run
-from velopath.runlineage import read_lineage, record_export
-from velopath.tensor_files import write_json
-
-ORIGIN = "velopath.json"
-"""Beside an exported model: what made it, at what cost; read when a run continues from the folder."""
+from velopath.runlineage import ORIGIN, read_lineage, record_export
 
 
 def export_version(run: Run, name: str, out: Path | None = None) -> Path:
@@ -41,10 +37,10 @@ def export_version(run: Run, name: str, out: Path | None = None) -> Path:
             tokenizer_file=tokenizer if tokenizer.exists() else None,
             eos=run.prepared.get("eos"),
             model_card=model_card(run, name, version),
+            extra={ORIGIN: _origin(run, name, checkpoint.state)},
         )
-        write_json(folder / ORIGIN, _origin(run, name, checkpoint.state))
         if version is not None:
-            record_export(run, name, folder)
+            record_export(run.folder, name, folder)
     run.dist.barrier()
     return folder
 

@@ -85,8 +85,10 @@ class Loop:
         checkpoints: Path,
         keep: frozenset[int] = frozenset(),
         watch: bool = False,
-    ) -> None:
+    ) -> str:
         """Train until `session.step == until`; save at the end, every `checkpoint_every` steps and at `keep`.
+
+        Returns the digest of the last checkpoint (on rank 0; "" elsewhere).
 
         `watch` evaluates a session without controller as often as a controller would, for the record.
         Raises `StoppedError` after a requested stop (state saved), `NumericalError` after `SKIPS_IN_A_ROW`
@@ -106,6 +108,7 @@ class Loop:
         self.decoder.train()
         meter = Meter(session, self.dist)
         in_flight: deque[tuple[Any, Any]] = deque()
+        digest = ""
         self.control(session, slice_name, watch)
         while session.step < until:
             rate = session.rate
@@ -127,12 +130,13 @@ class Loop:
                 self.control(session, slice_name, watch)
                 due = session.step % train.checkpoint_every == 0 or session.step in keep
                 if due or session.step == until or self._must_stop():
-                    self.save(session, slice_name=slice_name, checkpoints=checkpoints, keep=keep)
+                    digest = self.save(session, slice_name=slice_name, checkpoints=checkpoints, keep=keep)
             if self._must_stop() and session.step < until:
                 raise StoppedError(
                     f"stopped at step {session.step} of {until}; state saved in {checkpoints}; "
                     "the same command resumes it"
                 )
+        return digest
 
     def control(self, session: Session, slice_name: str, watch: bool = False) -> None:
         """Evaluate and let the controller move the weights, where it is due."""
@@ -166,8 +170,8 @@ class Loop:
             bf16=self.config.train.precision == "bf16",
         )
 
-    def save(self, session: Session, *, slice_name: str, checkpoints: Path, keep: frozenset[int]) -> Path:
-        """Write `checkpoints/step-NNNNNNNN` from rank 0 and prune older rolling ones; returns its folder."""
+    def save(self, session: Session, *, slice_name: str, checkpoints: Path, keep: frozenset[int]) -> str:
+        """Write `checkpoints/step-NNNNNNNN` from rank 0 and prune older rolling ones; returns its digest there."""
         state = {
             "segment": session.segment,
             "slice": slice_name,
@@ -176,12 +180,13 @@ class Loop:
             "path": session.path.to_json(),
             "config_hash": self.config.hash,
         }
-        folder = step_folder(checkpoints, session.step)
+        digest = ""
         if self.dist.rank == 0:
-            save_checkpoint(folder, model=self.decoder, optimizer=self.optimizer, state=state)
+            folder = step_folder(checkpoints, session.step)
+            digest = save_checkpoint(folder, model=self.decoder, optimizer=self.optimizer, state=state)
             prune(checkpoints, keep_last=self.config.train.keep_last, keep_steps=set(keep))
         self.dist.barrier()
-        return folder
+        return digest
 
     def _must_stop(self) -> bool:
         """Whether any rank was asked to stop; all ranks agree."""
@@ -196,7 +201,7 @@ class Loop:
     @staticmethod
     def _hold_until_copied(in_flight: deque[tuple[Any, Any]], batch: Any) -> None:
         """Keep a pinned batch alive until the GPU has read it; at most two steps are queued ahead."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         in_flight.append((event, batch))
         if len(in_flight) > 2:

@@ -8,10 +8,14 @@ l_t then share its sampling error, which cancels in the velocity.
 from __future__ import annotations
 
 import math
+import shutil
 
 from velopath.config import ProxyConfig
 from velopath.errors import ConfigError, DataError
+from velopath.lineage import Cost
+from velopath.plots import plot_targets
 from velopath.run import Piece, Run
+from velopath.runlineage import record_cost
 from velopath.targets import Targets
 
 SEGMENT = "proxy"
@@ -33,6 +37,32 @@ def proxy_points(proxy: ProxyConfig, warmup_steps: int) -> list[int]:
             f"(warm-up {warmup_steps}); raise proxy.steps or lower proxy.points"
         )
     return points
+
+
+def find_targets(run: Run, force: bool = False) -> Targets:
+    """The run's targets: those in targets.json, or fitted now, written there and drawn into targets.png.
+
+    `force` trains the proxy again from its start.
+    """
+    found = run.folder.read_json("targets.json")
+    if found is not None and not force:
+        run.note(SEGMENT, "targets.json is there already; --force fits it anew")
+        return Targets.from_json(found)
+    if force and run.dist.is_main:
+        shutil.rmtree(run.checkpoints(SEGMENT), ignore_errors=True)
+    run.dist.barrier()
+    targets = train_proxy(run)
+    if run.dist.is_main:
+        cost = Cost(
+            proxy_steps=targets.proxy_steps,
+            tokens=targets.proxy_tokens,
+            evaluation_tokens=targets.evaluation_tokens,
+        )
+        record_cost(run.folder, SEGMENT, cost)
+        run.folder.write_json("targets.json", targets.to_json())
+        plot_targets(targets, run.folder.path / "targets.png")
+    run.dist.barrier()
+    return targets
 
 
 def train_proxy(run: Run) -> Targets:

@@ -26,7 +26,7 @@ from velopath.controllers import Controller
 from velopath.dist import Dist, init_from_env
 from velopath.environment import describe_environment
 from velopath.errors import ConfigError, DataError, StoppedError
-from velopath.evaluate import HeldOut
+from velopath.evaluate import HeldOut, Tokens
 from velopath.hf import load_hf
 from velopath.loop import Loop, StopRequest
 from velopath.model import Decoder, preset
@@ -61,6 +61,8 @@ class Run:
         self.config, self.folder, self.dist, self.command = config, folder, dist, command
         self.watchers: list[Callable[[dict[str, Any]], None]] = []
         self.stop = StopRequest()
+        self.seconds_before = 0.0
+        """Work done for this run before it was opened, for run.json (the demo's corpus and base model)."""
         slices = {name: entry.steps for name, entry in config.data.slices.items()}
         self.plan: Plan = make_plan(slices, config.path.branch_share)
         self._stack = ExitStack()
@@ -96,6 +98,7 @@ class Run:
             self._stack.enter_context(self.folder.lock())
             self.folder.write_text("config.yaml", self.config.to_yaml())
             self.folder.write_json("plan.json", self.plan.to_json())
+            self.folder.write_json("data.json", {"domains": self._data_facts()})
             self._write_about("running")
         self._stack.enter_context(self.stop.installed())
         return self
@@ -120,7 +123,8 @@ class Run:
             "state": state,
             "started": before.get("started", now),
             "ended": None if state == "running" else now,
-            "seconds": before.get("seconds", 0.0) + (0.0 if state == "running" else spent),
+            "seconds": before.get("seconds", 0.0)
+            + (0.0 if state == "running" else spent + self.seconds_before),
             "seed": self.config.seed,
             "world": self.dist.world,
         }
@@ -224,7 +228,7 @@ class Run:
         if names not in self._heldout:
             data = self.config.data
             roots = [data.heldout] if data.heldout is not None else [s.root for s in data.slices.values()]
-            streams = []
+            streams: list[Tokens] = []
             for name in names:
                 root = next((r for r in roots if (Path(r) / "heldout" / name).is_dir()), roots[0])
                 part = HeldOut.open(root, row_tokens=self.config.train.row_tokens, names=[name])
@@ -321,6 +325,17 @@ class Run:
         """The first slice's domains.json; empty where the folder was not written by `prepare`."""
         value = RunFolder(self.data_root).read_json("domains.json")
         return value if isinstance(value, dict) else {}
+
+    def _data_facts(self) -> dict[str, dict[str, Any]]:
+        """What domains.json says of every domain, counts summed over the slices."""
+        facts: dict[str, dict[str, Any]] = {}
+        for entry in self.config.data.slices.values():
+            table = RunFolder(entry.root).read_json("domains.json") or {}
+            for name, domain in table.get("domains", {}).items():
+                known = facts.setdefault(name, {k: domain.get(k) for k in ("licence", "source")})
+                for key in ("tokens", "documents", "bytes"):
+                    known[key] = known.get(key, 0) + domain.get(key, 0)
+        return facts
 
     @property
     def domain_names(self) -> tuple[str, ...]:

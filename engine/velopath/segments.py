@@ -10,7 +10,7 @@ from velopath.errors import ConfigError
 from velopath.lineage import Version
 from velopath.loop import Loop
 from velopath.run import MAIN, Piece, Run
-from velopath.runlineage import read_lineage, record_version
+from velopath.runlineage import origin_cost, read_lineage, record_cost, record_main, record_version
 from velopath.session import Session
 
 
@@ -29,13 +29,19 @@ def train_main(run: Run, until: int | None = None) -> int:
         run.note(MAIN, f"is at step {step} already")
         return step
     keep = frozenset(branch.start_step for branch in run.plan.branches)
+    _note_base(run)
     run.begin(MAIN, step, goal)
     for piece in run.pieces(step, goal):
         controller = run.controller(piece.slice)
         with run.session(
             piece, segment=MAIN, path=run.main_path(), state=state, controller=controller
         ) as session:
-            loop.run(session, until=piece.end, slice_name=piece.slice, checkpoints=root, keep=keep)
+            digest = loop.run(session, until=piece.end, slice_name=piece.slice, checkpoints=root, keep=keep)
+            tokens = (piece.end - piece.first) * session.sampler.global_rows * session.sampler.row_tokens
+        if run.dist.is_main:
+            known = [n for n in read_lineage(run.folder).main if piece.first < n.step < piece.end]
+            tokens -= sum(n.tokens for n in known)
+            record_main(run.folder, piece.end, piece.slice, tokens=tokens, checkpoint=digest)
     return goal
 
 
@@ -66,6 +72,7 @@ def cut_version(
         shape=shape or run.config.path.shape,
         floor=run.config.path.floor,
     )
+    parent = load_checkpoint(start)
     loop, checkpoint = run.loop_at(run.checkpoints(name), start)
     assert checkpoint is not None
     state = checkpoint.state
@@ -83,7 +90,7 @@ def cut_version(
         before = _measured(run, loop, session, name, piece.start, tokens, piece.slice)
         if run.config.control.in_branch == "replay":
             _replay_main(run, session, piece)
-        loop.run(
+        digest = loop.run(
             session,
             until=piece.end,
             slice_name=piece.slice,
@@ -91,27 +98,37 @@ def cut_version(
             watch=True,
         )
         after = _measured(run, loop, session, name, piece.end, tokens, piece.slice)
-    final = step_folder(run.checkpoints(name), piece.end)
-    return record_version(
-        run,
-        name=name,
-        piece=piece,
+        trained = (piece.end - piece.start) * session.sampler.global_rows * session.sampler.row_tokens
+    version = Version(
+        name,
+        MAIN,
+        piece.start,
+        piece.end - piece.start,
+        piece.slice,
+        tokens=trained,
+        evaluation_tokens=sum(before["tokens"].values()) + sum(after["tokens"].values()),
         path=path,
-        before=before,
-        after=after,
-        parent_digest=load_checkpoint(start).digest,
-        checkpoint=final,
-        digest=load_checkpoint(final).digest,
+        heldout_loss=after["loss"],
+        checkpoint=digest,
+        notes={"before": before["loss"], "parent_checkpoint": parent.digest, "config_hash": run.config.hash},
     )
+    if run.dist.is_main:
+        record_main(run.folder, piece.start, piece.slice, checkpoint=parent.digest)
+        version = record_version(run.folder, version)
+    run.dist.barrier()
+    mean = sum(after["loss"].values()) / len(after["loss"])
+    was = sum(before["loss"].values()) / len(before["loss"])
+    run.note(name, f"cut: mean held-out loss {was:.3f} -> {mean:.3f} nats")
+    return version
 
 
-def train_everything(run: Run) -> None:
-    """The whole plan in order: main path to each branch point, its version cut, and on."""
-    for segment in run.plan.segments:
-        if segment.kind == "main":
-            train_main(run, segment.end_step)
-        else:
-            cut_version(run, segment.name)
+def _note_base(run: Run) -> None:
+    """What the starting model has cost, where a run of ours made it: beside the comparison, not in it."""
+    cost = origin_cost(run.config.model.hf) if run.config.model.hf is not None else None
+    if cost is not None and run.dist.is_main:
+        record_cost(run.folder, "base", cost)
+        if not run.folder.metrics("base"):
+            run.log({"kind": "base", "segment": "base", "step": cost.base_steps, "tokens": cost.tokens})
 
 
 def _branch_piece(run: Run, name: str, at: int | None, steps: int | None) -> Piece:

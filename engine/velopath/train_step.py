@@ -74,13 +74,14 @@ class TrainStep:
         module: nn.Module = LossModel(decoder, n_domains)
         if dist.world > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
-            module = DistributedDataParallel(module, device_ids=ids)
+            # The RoPE tables are buffers, equal on all ranks: nothing to send.
+            module = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
         self._ddp = module if isinstance(module, DistributedDataParallel) else None
         self._module = cast(nn.Module, torch.compile(module)) if compile else module
 
     def __call__(self, tokens: Tensor, domains: Tensor, rate: float) -> StepResult:
         rows = self._micro_rows or len(tokens)
-        parts = list(zip(tokens.split(rows), domains.split(rows), strict=True))
+        parts = list(zip(torch.split(tokens, rows), torch.split(domains, rows), strict=True))
         loss = sums = None
         for i, (tokens_BT1, domains_B) in enumerate(parts):
             if self._ddp is not None:

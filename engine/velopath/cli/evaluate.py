@@ -13,15 +13,18 @@ def evaluate(
     models: Annotated[
         list[str], typer.Argument(help="versions, main@STEP, or folders with a Hugging Face checkpoint")
     ],
-    tokens: Annotated[int | None, typer.Option(help="held-out tokens per domain; default the config's")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="held-out tokens per domain; default the config's")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Evaluate models side by side on the run's held-out set: nats per token, standard errors, mean and worst."""
     from velopath.cli.show import show_losses
+    from velopath.export import evaluate_model
     from velopath.run import Run
 
     with Run.reopen(run, command="velopath eval") as job:
-        losses = {model: job.evaluate(model, tokens) for model in models}
+        losses = {model: evaluate_model(job, model, tokens) for model in models}
     if as_json:
         import json
 

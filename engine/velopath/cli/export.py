@@ -14,7 +14,8 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="default RUN/exports/VERSION")] = None,
 ) -> None:
     """Write weights (safetensors), config, tokenizer and a model card in Hugging Face Llama layout."""
+    from velopath.export import export_version
     from velopath.run import Run
 
     with Run.reopen(run, command="velopath export") as job:
-        typer.echo(str(job.export(version, out)))
+        typer.echo(str(export_version(job, version, out)))

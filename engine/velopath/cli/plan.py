@@ -16,7 +16,9 @@ def plan(
     versions: Annotated[int, typer.Option("--versions", "-n", min=1, help="N, without a config")] = 4,
     steps: Annotated[
         list[int] | None,
-        typer.Option("--steps", "-t", help="T: steps of one slice; repeat it once per version for unequal slices"),
+        typer.Option(
+            "--steps", "-t", help="T: steps of one slice; repeat it once per version for unequal slices"
+        ),
     ] = None,
     alpha: Annotated[float, typer.Option(help="branch share: branch steps / T")] = 0.6,
     png: Annotated[Path | None, typer.Option(help="also draw the cost curves into this file")] = None,

@@ -71,9 +71,7 @@ class _Bar:
                 self._tasks[segment] = self._progress.add_task(segment, total=total, numbers="", weights="")
             self._progress.update(self._tasks[segment], total=total, completed=record["step"])
         elif segment in self._tasks and kind == "step":
-            self._progress.update(
-                self._tasks[segment], completed=record["step"], numbers=_numbers(record)
-            )
+            self._progress.update(self._tasks[segment], completed=record["step"], numbers=_numbers(record))
         elif segment in self._tasks and kind == "control":
             self._progress.update(self._tasks[segment], weights=weights_text(record["weights"]))
         elif kind == "note":

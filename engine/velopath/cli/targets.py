@@ -14,7 +14,9 @@ def targets(
     run: Annotated[
         Path | None, typer.Option("--run", "-r", help="run folder; default runs/NAME-OF-THE-CONFIG")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="run the proxies again over existing targets")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="run the proxies again over existing targets")
+    ] = False,
 ) -> None:
     """Train the proxy trunk (constant rate, original weights), fit L(D) = E + B/D^beta per domain, extrapolate.
 
@@ -23,12 +25,13 @@ def targets(
     from velopath.cli.progress import console_log
     from velopath.cli.show import show_targets
     from velopath.config import load_config
+    from velopath.proxy import find_targets
     from velopath.run import Run
 
     loaded = load_config(config, overrides or [])
     folder = run if run is not None else Path("runs") / config.stem
     with Run.open(loaded, folder, command="velopath targets") as job:
         with console_log(job):
-            found = job.targets(force=force)
+            found = find_targets(job, force=force)
         show_targets(found)
         typer.echo(f"targets: {job.folder.path / 'targets.json'}")

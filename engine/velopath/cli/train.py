@@ -45,10 +45,17 @@ def train(
         show_dry_run(loaded, folder)
         return
     from velopath.cli.progress import console_log
+    from velopath.export import export_version
     from velopath.run import Run
+    from velopath.segments import cut_version, train_main
 
     with Run.open(loaded, folder, command="velopath train") as job, console_log(job):
         if versions:
-            job.everything(until=until)
+            for segment in job.plan.segments:
+                if segment.kind == "main":
+                    train_main(job, segment.end_step)
+                else:
+                    cut_version(job, segment.name)
+                    typer.echo(str(export_version(job, segment.name)))
         else:
-            job.main(until=until)
+            train_main(job, until)

@@ -1,0 +1,59 @@
+"""The lineage of a run on disk: one event a line in lineage.jsonl, appended durably; see `velopath.lineage`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from velopath.lineage import Cost, Lineage, Version
+from velopath.runfolder import RunFolder
+
+ORIGIN = "velopath.json"
+"""Beside an exported model: what made it, at what cost; read when a run continues from that folder."""
+
+
+def read_lineage(folder: RunFolder) -> Lineage:
+    """The lineage that the run's events build up; empty before the first."""
+    return Lineage.from_events(folder.events())
+
+
+def record_main(folder: RunFolder, step: int, slice: str, **facts: Any) -> None:
+    """Note the main checkpoint at `step`, reached by reading `slice`, unless it is noted already."""
+    lineage = read_lineage(folder)
+    grown = lineage.with_main(step, slice, **facts)
+    if grown is not lineage:
+        node = next(n for n in grown.main if n.step == step)
+        folder.append_event({"event": "main", **node.to_json()})
+
+
+def record_version(folder: RunFolder, version: Version) -> Version:
+    """Note a version; returns it as the lineage has it (its parent resolved). Raises `ConfigError` if it cannot be."""
+    known = read_lineage(folder).add(version).find(version.name)
+    folder.append_event({"event": "version", **known.to_json()})
+    return known
+
+
+def record_export(folder: RunFolder, name: str, exported: Path) -> None:
+    """Note where version `name` was exported to, relative to the run folder."""
+    place = os.path.relpath(exported, folder.path)
+    if read_lineage(folder).find(name).export != place:
+        folder.append_event({"event": "export", "name": name, "export": place})
+
+
+def record_cost(folder: RunFolder, what: str, cost: Cost) -> None:
+    """Note a cost beside the tree (base model, proxy), once per `what`."""
+    if all(known != what for known, _ in read_lineage(folder).spent):
+        folder.append_event({"event": "spend", "what": what, "cost": asdict(cost)})
+
+
+def origin_cost(model_folder: str | Path) -> Cost | None:
+    """What an exported model has cost by its `velopath.json`; None for a model from elsewhere."""
+    path = Path(model_folder) / ORIGIN
+    if not path.is_file():
+        return None
+    origin: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return Cost(base_steps=int(origin["steps"]), tokens=int(origin["tokens"]))
