@@ -98,7 +98,10 @@ class Run:
             self._stack.enter_context(self.folder.lock())
             self.folder.write_text("config.yaml", self.config.to_yaml())
             self.folder.write_json("plan.json", self.plan.to_json())
-            self.folder.write_json("data.json", {"domains": self._data_facts()})
+            tables = {
+                n: RunFolder(e.root).read_json("domains.json") for n, e in self.config.data.slices.items()
+            }
+            self.folder.write_json("data.json", tables)
             self._write_about("running")
         self._stack.enter_context(self.stop.installed())
         return self
@@ -325,17 +328,6 @@ class Run:
         """The first slice's domains.json; empty where the folder was not written by `prepare`."""
         value = RunFolder(self.data_root).read_json("domains.json")
         return value if isinstance(value, dict) else {}
-
-    def _data_facts(self) -> dict[str, dict[str, Any]]:
-        """What domains.json says of every domain, counts summed over the slices."""
-        facts: dict[str, dict[str, Any]] = {}
-        for entry in self.config.data.slices.values():
-            table = RunFolder(entry.root).read_json("domains.json") or {}
-            for name, domain in table.get("domains", {}).items():
-                known = facts.setdefault(name, {k: domain.get(k) for k in ("licence", "source")})
-                for key in ("tokens", "documents", "bytes"):
-                    known[key] = known.get(key, 0) + domain.get(key, 0)
-        return facts
 
     @property
     def domain_names(self) -> tuple[str, ...]:
