@@ -191,7 +191,7 @@ def _check(path: Path, content: bytes) -> AuditSummary:
 def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     """One line as a record whose hash fits its content."""
     try:
-        record = json.loads(line)
+        record: dict[str, Any] = json.loads(line)
         digest = _hash({k: v for k, v in record.items() if k != "hash"})
         canonical = _canonical(record)
     except (ValueError, AttributeError, RecursionError) as error:

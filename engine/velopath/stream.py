@@ -168,7 +168,11 @@ class Sampler:
         self.rank, self.world, self.rows = rank, identity.world, identity.rows
         self.row_tokens, self.global_rows, self.eos = identity.row_tokens, identity.global_rows, identity.eos
         if audit is not None:
-            details = {"seed": identity.seed, "global_rows": self.global_rows, "row_tokens": self.row_tokens}
+            details: dict[str, Any] = {
+                "seed": identity.seed,
+                "global_rows": self.global_rows,
+                "row_tokens": self.row_tokens,
+            }
             details |= {"tokens": dict(zip(self.names, self.table.tokens, strict=True))}
             audit.append("start", step=identity.start_step, new=weights, details=details)
 
