@@ -7,10 +7,8 @@ import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-# -ffp-contract=off: the same source gives the same bits with every instruction set.
 FLAGS = ["-O3", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-fvisibility=hidden"]
-# As a system folder, so that our warnings are for our code only.
-FLAGS.append("-isystem" + pybind11.get_include())
+FLAGS.append("-isystem" + pybind11.get_include())  # so that our warnings are for our code only
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 ParallelCompile("VELOPATH_BUILD_JOBS", default=0).install()

@@ -37,6 +37,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "corpus_text",
         "near_duplicates",
         "runfolder",
+        "runlineage",
         "plots",
     ),
     3: (

@@ -90,7 +90,7 @@ class Loop:
 
         Returns the digest of the last checkpoint (on rank 0; "" elsewhere).
 
-        `watch` evaluates a session without controller as often as a controller would, for the record.
+        `watch` evaluates a session (without controller) as often as a controller would, for the record.
         Raises `StoppedError` after a requested stop (state saved), `NumericalError` after `SKIPS_IN_A_ROW`
         steps without a finite gradient (nothing saved since), `DataError` where the data ends early.
         """
@@ -142,7 +142,7 @@ class Loop:
         """Evaluate and let the controller move the weights, where it is due."""
         tokens = self.config.control.heldout_tokens
         if not session.control_due:
-            if watch and session.controller is None and session.step % session.every == 0:
+            if watch and session.step % session.every == 0:
                 self.evaluate(tokens, session=session, slice_name=slice_name)
         elif self.config.control.signal == "heldout" or not session.started:
             session.on_eval(self.evaluate(tokens, session=session, slice_name=slice_name))

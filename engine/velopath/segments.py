@@ -25,7 +25,10 @@ def train_main(run: Run, until: int | None = None) -> int:
     loop, checkpoint = run.loop_at(root)
     state = checkpoint.state if checkpoint is not None else None
     step = 0 if state is None else int(state["step"])
-    if step >= goal:
+    if checkpoint is not None and step >= goal:
+        _note_main(
+            run, str(checkpoint.state["slice"]), step, checkpoint.digest
+        )  # if killed before it was noted
         run.note(MAIN, f"is at step {step} already")
         return step
     keep = frozenset(branch.start_step for branch in run.plan.branches)
@@ -37,11 +40,9 @@ def train_main(run: Run, until: int | None = None) -> int:
             piece, segment=MAIN, path=run.main_path(), state=state, controller=controller
         ) as session:
             digest = loop.run(session, until=piece.end, slice_name=piece.slice, checkpoints=root, keep=keep)
-            tokens = (piece.end - piece.first) * session.sampler.global_rows * session.sampler.row_tokens
-        if run.dist.is_main:
-            known = [n for n in read_lineage(run.folder).main if piece.first < n.step < piece.end]
-            tokens -= sum(n.tokens for n in known)
-            record_main(run.folder, piece.end, piece.slice, tokens=tokens, checkpoint=digest)
+            if not session.observed:
+                loop.evaluate(run.config.control.heldout_tokens, session=session, slice_name=piece.slice)
+        _note_main(run, piece.slice, piece.end, digest)
     return goal
 
 
@@ -99,6 +100,8 @@ def cut_version(
         )
         after = _measured(run, loop, session, name, piece.end, tokens, piece.slice)
         trained = (piece.end - piece.start) * session.sampler.global_rows * session.sampler.row_tokens
+    if not digest:  # it was killed after its last save
+        digest = checkpoint.digest
     version = Version(
         name,
         MAIN,
@@ -120,6 +123,16 @@ def cut_version(
     was = sum(before["loss"].values()) / len(before["loss"])
     run.note(name, f"cut: mean held-out loss {was:.3f} -> {mean:.3f} nats")
     return version
+
+
+def _note_main(run: Run, slice_name: str, step: int, digest: str) -> None:
+    """The main checkpoint at `step` as a node of the lineage, with the tokens since the node before it."""
+    if not run.dist.is_main:
+        return
+    train = run.config.train
+    before = max((n.step for n in read_lineage(run.folder).main if n.step < step), default=0)
+    tokens = (step - before) * train.rows * run.dist.world * train.row_tokens
+    record_main(run.folder, step, slice_name, tokens=tokens, checkpoint=digest)
 
 
 def _note_base(run: Run) -> None:

@@ -117,13 +117,18 @@ class Session:
         return self._state is not None
 
     @property
+    def observed(self) -> bool:
+        """Whether the controller was given losses at the present step already."""
+        return self._observed == self.step
+
+    @property
     def control_due(self) -> bool:
         """Whether the controller wants losses now, before the next step."""
         if self.controller is None:
             return False
         if not self.started:
             return True
-        return (self.step - self._first) % self.every == 0 and self.step != self._observed
+        return (self.step - self._first) % self.every == 0 and not self.observed
 
     def on_step(self, sums: Sums | None = None) -> None:
         """The batch handed out last was trained on; `sums` (2, K) are its nats and tokens per domain.
