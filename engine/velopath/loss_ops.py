@@ -280,7 +280,7 @@ class DomainCrossEntropy(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         if ctx.inplace:
             (gradient,) = _multiplied(ctx, upstream, (gradient,))
-        else:
+        elif upstream.device.type != "cpu" or torch.compiler.is_compiling() or upstream.item() != 1.0:
             gradient = gradient * upstream
         return gradient, None, None, None, None, None, None
 
