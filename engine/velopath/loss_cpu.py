@@ -35,9 +35,7 @@ def check_values(targets: Tensor, domains: Tensor, vocab: int, n_domains: int, i
     bad = counted.view(-1, repeat).any(1) & ((domains < 0) | (domains >= n_domains))
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
-        raise ConfigError(
-            f"domain {int(domains[at])} at {at} is not in [0, n_domains={n_domains})"
-        )
+        raise ConfigError(f"domain {int(domains[at])} at {at} is not in [0, n_domains={n_domains})")
     return counted.sum()
 
 
