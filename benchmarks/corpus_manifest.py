@@ -1,4 +1,4 @@
-"""Write engine/velopath/corpus_manifest.json anew: `python -m benchmarks.corpus_manifest`.
+"""Write engine/velopath/corpus/manifest.json anew: `python -m benchmarks.corpus_manifest`.
 
 For maintainers, after a pinned version in constraints.txt or in PACKAGES below has changed. Walks the
 packages (the builder never does), picks files, hashes them, builds the corpus once and records the hash of
@@ -22,9 +22,9 @@ from itertools import groupby
 from pathlib import Path
 
 from velopath.corpus import build_corpus
-from velopath.corpus_manifest import MANIFEST
-from velopath.corpus_sources import downloads_folder, read_archive, sha256_file
-from velopath.corpus_text import EXTRACTORS
+from velopath.corpus.manifest import MANIFEST
+from velopath.corpus.sources import downloads_folder, read_archive, sha256_file
+from velopath.corpus.text import EXTRACTORS
 
 EXTRACTED_BYTES = 1_900_000
 """Files are added until they hold this much text: a fifth over the cap, for duplicates to fall out."""

@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 from datasketch import MinHash, MinHashLSH
 
-from velopath import corpus_sources, corpus_text
 from velopath.corpus import CorpusReport, CorpusWarning, build_corpus
-from velopath.corpus_manifest import MANIFEST, load_manifest
+from velopath.corpus import sources as corpus_sources
+from velopath.corpus import text as corpus_text
+from velopath.corpus.manifest import MANIFEST, load_manifest
+from velopath.corpus.near_duplicates import shingles
 from velopath.errors import ConfigError, DataError
-from velopath.near_duplicates import shingles
 
 
 @dataclass

@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 
-from velopath import corpus_text
-from velopath.near_duplicates import SeenPassages, shingles
+from velopath.corpus import text as corpus_text
+from velopath.corpus.near_duplicates import SeenPassages, shingles
 
 
 def test_python_blocks_leave_out_docstrings_and_licences() -> None:

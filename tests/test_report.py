@@ -18,9 +18,9 @@ from velopath.errors import ConfigError, DataError
 from velopath.lineage import Lineage, Version
 from velopath.plan import make_plan
 from velopath.report import build_summary, write_report
-from velopath.report_figure import INK, MOST_POINTS, epochs_text, label, smooth, thin, tokens_text
-from velopath.report_picture import DOMAINS, write_png
-from velopath.report_record import read_run
+from velopath.report.figure import INK, MOST_POINTS, epochs_text, label, smooth, thin, tokens_text
+from velopath.report.picture import DOMAINS, write_png
+from velopath.report.record import read_run
 from velopath.runfolder import RunFolder
 from velopath.targets import Targets
 
@@ -311,7 +311,7 @@ def test_the_picture_is_drawn_also_of_an_empty_run(run: RunFolder, tmp_path: Pat
 
 
 def test_page_and_picture_share_their_colours() -> None:
-    sheet = (Path(__file__).parents[1] / "engine/velopath/report.css").read_text()
+    sheet = (Path(__file__).parents[1] / "engine/velopath/report/page.css").read_text()
     light = sheet[: sheet.index('[data-theme="dark"]')]
     assert tuple(re.findall(r"--d\d+: (#[0-9a-f]{6})", light)) == DOMAINS
 

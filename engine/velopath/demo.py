@@ -20,7 +20,7 @@ from velopath.export import export_version
 from velopath.prepare import prepare
 from velopath.proxy import find_targets
 from velopath.report import build_summary, write_report
-from velopath.report_picture import write_png
+from velopath.report.picture import write_png
 from velopath.run import Run
 from velopath.sampler_speed import log_sampler_speed
 from velopath.segments import cut_version, train_main

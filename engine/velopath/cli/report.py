@@ -23,6 +23,6 @@ def report(
     page = write_report(run)
     typer.echo(f"{page}\n{page.with_name('summary.json')}")
     if png is not None:
-        from velopath.report_picture import write_png
+        from velopath.report.picture import write_png
 
         typer.echo(write_png(run, png))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from velopath.report_record import BASE, PROXY, RunRecord
-from velopath.report_tables import Safe, escape
+from velopath.report.record import BASE, PROXY, RunRecord
+from velopath.report.tables import Safe, escape
 
 WIDTH, LEFT, RIGHT, TOP, ROW = 980, 40, 150, 34, 46
 

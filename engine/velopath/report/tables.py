@@ -6,8 +6,8 @@ import html
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from velopath.report_figure import epochs_text, tokens_text
-from velopath.report_record import RunRecord, mean_loss
+from velopath.report.figure import epochs_text, tokens_text
+from velopath.report.record import RunRecord, mean_loss
 
 
 class Safe(str):

@@ -1,6 +1,6 @@
 """The corpus manifest: which packages, which files of them, under which licence, with which hashes.
 
-It is package data, `corpus_manifest.json`; `python -m benchmarks.corpus_manifest` writes it anew.
+It is package data, `manifest.json`; `python -m benchmarks.corpus_manifest` writes it anew.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from velopath.errors import DataError
 
-MANIFEST = Path(__file__).with_name("corpus_manifest.json")
+MANIFEST = Path(__file__).with_name("manifest.json")
 
 
 def check_inside(path: str) -> str:

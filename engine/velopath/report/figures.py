@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from velopath.report_domain_figures import (
+from velopath.report.domain_figures import (
     domain_loss_figure,
     exposure_figure,
     target_fit_figure,
     velocity_figure,
     weights_figure,
 )
-from velopath.report_figure import Figure
-from velopath.report_path_figures import cost_figure, paths_figure, throughput_figure, training_loss_figure
-from velopath.report_record import RunRecord
+from velopath.report.figure import Figure
+from velopath.report.path_figures import cost_figure, paths_figure, throughput_figure, training_loss_figure
+from velopath.report.record import RunRecord
 
 
 def figures(record: RunRecord) -> dict[str, list[Figure]]:

@@ -1,6 +1,6 @@
 """One interactive figure of the report, as a plain plotly value; a colour is a name that the page resolves.
 
-A colour string is `INK + name` or `INK + name/opacity`, resolved by `report.js` from the page's style sheet. Each
+A colour string is `INK + name` or `INK + name/opacity`, resolved by `page.js` from the page's style sheet. Each
 domain k has the colour `d<k>` in every figure.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from velopath.report_record import MAIN, RunRecord, Segment
+from velopath.report.record import MAIN, RunRecord, Segment
 
 INK = "\x01"
 """Marks a colour name; no label can contain it (`label` drops control characters)."""

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from velopath.corpus_manifest import MANIFEST, Domain, Manifest, load_manifest
-from velopath.corpus_sources import downloads_folder, fetch_archives, read_archive, read_installed
-from velopath.corpus_text import EXTRACTORS, LEAST_BYTES, pack
+from velopath.corpus.manifest import MANIFEST, Domain, Manifest, load_manifest
+from velopath.corpus.near_duplicates import SeenPassages
+from velopath.corpus.sources import downloads_folder, fetch_archives, read_archive, read_installed
+from velopath.corpus.text import EXTRACTORS, LEAST_BYTES, pack
 from velopath.errors import ConfigError, DataError
-from velopath.near_duplicates import SeenPassages
 
 DOMAIN_BYTES = 1_500_000
 """No domain gets more text than this (UTF-8, both slices together)."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from velopath.report_figure import tokens_text
-from velopath.report_record import RunRecord
+from velopath.report.figure import tokens_text
+from velopath.report.record import RunRecord
 
 SMALL_SLICE_TOKENS = 20_000_000
 """Below this many tokens a slice the run counts as small (our study's slices were 0.3 and 1.5 million)."""

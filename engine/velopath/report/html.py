@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from velopath.report_figure import Figure, tokens_text
-from velopath.report_figures import figures
-from velopath.report_lineage import lineage_drawing
-from velopath.report_record import RunRecord, mean_loss
-from velopath.report_tables import (
+from velopath.report.figure import Figure, tokens_text
+from velopath.report.figures import figures
+from velopath.report.lineage_drawing import lineage_drawing
+from velopath.report.record import RunRecord, mean_loss
+from velopath.report.tables import (
     cost_table,
     domains_table,
     escape,
@@ -22,7 +22,7 @@ from velopath.report_tables import (
     targets_table,
     versions_table,
 )
-from velopath.report_words import limits_section
+from velopath.report.words import limits_section
 
 SECTIONS = {
     "paths": "Paths",
@@ -61,7 +61,7 @@ def page(record: RunRecord) -> str:
     from plotly.offline import get_plotlyjs
 
     title = escape(record.title)
-    style, script = _asset("report.css"), _asset("report.js")
+    style, script = _asset("page.css"), _asset("page.js")
     style += _more_colours(len(record.domains))
     specs = _json([f.to_json() for fs in drawn.values() for f in fs])
     return (
@@ -75,7 +75,7 @@ def page(record: RunRecord) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("velopath").joinpath(name).read_text(encoding="utf-8")
+    return files("velopath.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _json(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from velopath.report_figure import (
+from velopath.report.figure import (
     Figure,
     Trace,
     colour,
@@ -15,7 +15,7 @@ from velopath.report_figure import (
     steps_axis,
     tokens_text,
 )
-from velopath.report_record import MAIN, RunRecord, Segment
+from velopath.report.record import MAIN, RunRecord, Segment
 
 
 def held(segment: Segment, domain: str) -> tuple[list[int], list[float]]:

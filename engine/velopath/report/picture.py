@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from velopath.report_domain_figures import held, target_line
-from velopath.report_record import MAIN, RunRecord, read_run
+from velopath.report.domain_figures import held, target_line
+from velopath.report.record import MAIN, RunRecord, read_run
 from velopath.runfolder import RunFolder
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 INK, QUIET, LINE, ACCENT = "#1d2430", "#667085", "#dfe3ea", "#5b47d6"
 DOMAINS: tuple[str, ...] = ("#2a72d4", "#d9601a", "#0e9384", "#c2408f", "#b48e06", "#5f9c25")
 DOMAINS += ("#c8402f", "#7b6046", "#4a6b8a", "#8a4fc7", "#3c8c5a", "#a8577a")
-"""The light colours of `report.css`; a test holds the two together."""
+"""The light colours of `page.css`; a test holds the two together."""
 
 
 def write_png(run: str | Path, path: str | Path) -> Path:

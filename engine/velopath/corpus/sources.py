@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from velopath.corpus_manifest import Package, check_inside
+from velopath.corpus.manifest import Package, check_inside
 from velopath.errors import DataError
 
 DOWNLOAD_SECONDS = 600

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from velopath.report_html import page
-from velopath.report_record import RunRecord, read_run
+from velopath.report.html import page
+from velopath.report.record import RunRecord, read_run
 from velopath.runfolder import RunFolder
 
 

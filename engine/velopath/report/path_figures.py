@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from velopath.report_figure import (
+from velopath.report.figure import (
     Figure,
     Trace,
     colour,
@@ -16,7 +16,7 @@ from velopath.report_figure import (
     steps_axis,
     thin,
 )
-from velopath.report_record import MAIN, RunRecord, Segment
+from velopath.report.record import MAIN, RunRecord, Segment
 
 
 def paths_figure(record: RunRecord) -> Figure | None:
