@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from velopath.mds_write import MdsWriter
+from velopath.mds.write import MdsWriter
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 VOCABULARY = 64

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import zstandard
 
-from velopath.cache import default_cache, inflate, raw_path
+from velopath.cache import default_cache, raw_path
 from velopath.durable import locked, write_durably
 from velopath.errors import ConfigError, DataError
 from velopath.mds import MdsWriter, ShardEntry, load_index
+from velopath.mds.inflate import inflate
 
 
 def make_folder(

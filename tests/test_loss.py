@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from loss_cases import GRADIENT_TOLERANCE, GRID, IGNORE, Case, answer, largest_errors, problems
-from velopath import _core, loss_cpu
+from velopath import _core
 from velopath.errors import ConfigError
+from velopath.loss import cpu as loss_cpu
 from velopath.loss import domain_cross_entropy
 
 FORMS = ["reference", "cpu", "numba"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from loss_cases import GRID, IGNORE, Case, answer
-from velopath import loss_ops
 from velopath.errors import ConfigError
 from velopath.loss import domain_cross_entropy, linear_domain_cross_entropy
+from velopath.loss import ops as loss_ops
 
 FORMS = ["reference", "cpu", "numba"]
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mds_builder import write_folder
 from velopath.errors import ConfigError, DataError
 from velopath.mds import MdsWriter, load_index, read_documents, token_column
-from velopath.mds_format import Columns, fixed_size
+from velopath.mds.format import Columns, fixed_size
 
 TOKENS = [5, 60000, 7]
 

@@ -14,13 +14,13 @@ import pytest
 
 import velopath.prepare as prepare_module
 from small_corpus import make_codec, make_corpus, same_tree, texts, write_jsonl
-from velopath import prepare_tasks
-from velopath.documents import read_texts
 from velopath.durable import locked
 from velopath.errors import ConfigError, DataError
 from velopath.inspection import inspect_data
 from velopath.mds import read_documents
 from velopath.prepare import Prepared, prepare
+from velopath.prepare import tasks as prepare_tasks
+from velopath.prepare.documents import read_texts
 from velopath.tokenizer import load_tokenizer, train_bpe
 
 

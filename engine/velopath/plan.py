@@ -119,7 +119,11 @@ def cost_table(slices: Steps, branch_share: float) -> CostTable:
         switching = steps + before
         ptfs_total += end
         switching_total += switching
-        rows.append(CostRow(f"v{number}", name, steps, branch, end, steps, switching, ptfs_total, end, switching_total))
+        rows.append(
+            CostRow(
+                f"v{number}", name, steps, branch, end, steps, switching, ptfs_total, end, switching_total
+            )
+        )
         before = branch
     return CostTable(branch_share, tuple(rows))
 

@@ -107,8 +107,8 @@ def prepare(
 
 
 def _inputs(domains: list[str], folder: Path | None) -> dict[str, list[str | Path]]:
-    from velopath.documents import SUFFIXES
     from velopath.errors import ConfigError
+    from velopath.prepare.documents import SUFFIXES
 
     inputs: dict[str, list[str | Path]] = {}
     if folder is not None:

@@ -1,4 +1,4 @@
-"""Triton kernels, whose reference is `velopath.loss_reference`. Importing one imports triton.
+"""Triton kernels, whose reference is `velopath.loss.reference`. Importing one imports triton.
 
 They run on a GPU, and under TRITON_INTERPRET=1 (set before triton is first imported) on CPU tensors.
 """

@@ -1,6 +1,6 @@
 """Sums of the row losses per domain in Triton: a segmented reduction in a fixed order, without float atomics.
 
-Reference: `velopath.loss_reference`; bound to it by tests/test_kernels.py. Stage 1 sums 128 rows for 32
+Reference: `velopath.loss.reference`; bound to it by tests/test_kernels.py. Stage 1 sums 128 rows for 32
 domains per program, stage 2 adds these partial sums in fp64, always in the same order, so that runs are
 bitwise equal. It replaces the two reductions (sum, count) that a plain loss would launch, and reads about 20
 bytes a row.

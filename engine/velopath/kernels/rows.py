@@ -1,6 +1,6 @@
 """Cross-entropy of rows in Triton: loss per row, gradient over the logits in place.
 
-Reference: `velopath.loss_reference`; bound to it by tests/test_kernels.py. With x the row's logits, t its
+Reference: `velopath.loss.reference`; bound to it by tests/test_kernels.py. With x the row's logits, t its
 target, m = max x and d = sum exp(x - m):   nats = (m - x_t) + log d,   gradient = (exp(x - m) / d - [column
 = t]) * scale. m stays apart from log d everywhere: m + log d in fp32 would lose four digits at logits of
 1e4.

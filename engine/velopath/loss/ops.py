@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from velopath import loss_cpu
 from velopath.errors import ConfigError
+from velopath.loss import cpu
 
 CPU_CHUNK_BYTES = 1 << 26
 GPU_CHUNK_BYTES = 1 << 30
@@ -44,14 +44,12 @@ class CpuRows:
     def write_rows(
         self, logits: Tensor, targets: Tensor, nats: Tensor, counted: Tensor, gradient: bool, padded: bool
     ) -> None:
-        loss_cpu.write_rows(
-            logits, targets, nats, counted, self.ignore_index, gradient, use_numba=self.use_numba
-        )
+        cpu.write_rows(logits, targets, nats, counted, self.ignore_index, gradient, use_numba=self.use_numba)
 
     def reduce_rows(
         self, nats: Tensor, targets: Tensor, domains: Tensor, counted: Tensor, n_domains: int
     ) -> tuple[Tensor, Tensor]:
-        return loss_cpu.reduce_rows(nats, targets, domains, counted, n_domains, self.ignore_index)
+        return cpu.reduce_rows(nats, targets, domains, counted, n_domains, self.ignore_index)
 
 
 class TritonRows:
@@ -82,7 +80,7 @@ def _rows_of(backend: str, ignore_index: int) -> RowBackend:
 def _count(targets: Tensor, domains: Tensor, vocab: int, n_domains: int, ignore_index: int) -> Tensor:
     """Rows counted, an int64 scalar on the device. A GPU is not waited for: there a bad id gives NaN."""
     if targets.device.type == "cpu":
-        return loss_cpu.check_values(targets, domains, vocab, n_domains, ignore_index)
+        return cpu.check_values(targets, domains, vocab, n_domains, ignore_index)
     return (targets != ignore_index).sum()
 
 

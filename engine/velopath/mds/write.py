@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from velopath.durable import write_durably
 from velopath.errors import ConfigError, DataError
-from velopath.mds_format import MAX_SHARD_BYTES, TOKEN_DTYPES, hasher
+from velopath.mds.format import MAX_SHARD_BYTES, TOKEN_DTYPES, hasher
 
 _COMPRESSION = re.compile(r"zstd(?::([1-9]|1[0-9]|2[0-2]))?\Z")
 _DEFAULT_LEVEL = 3

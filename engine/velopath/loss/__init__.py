@@ -12,9 +12,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from velopath import loss_cpu, loss_ops
 from velopath.errors import ConfigError
-from velopath.loss_reference import cross_entropy_reference
+from velopath.loss import cpu, ops
+from velopath.loss.reference import cross_entropy_reference
 
 __all__ = ["BACKENDS", "domain_cross_entropy", "linear_domain_cross_entropy"]
 
@@ -27,7 +27,7 @@ _DTYPES = {
 }
 _PRESENT = {
     "triton": find_spec("triton") is not None,
-    "cpu": loss_cpu.HAS_CORE,
+    "cpu": cpu.HAS_CORE,
     "numba": find_spec("numba") is not None,
 }
 
@@ -78,12 +78,10 @@ def domain_cross_entropy(
             )
         logits_NV = logits_NV.contiguous()
     if needs_gradient:
-        return loss_ops.differentiable_cross_entropy(
+        return ops.differentiable_cross_entropy(
             logits_NV, targets_N, domains_N, n_domains, ignore_index, inplace, chosen
         )
-    loss, sums = loss_ops.cross_entropy(
-        logits_NV.detach(), targets_N, domains_N, n_domains, ignore_index, chosen
-    )
+    loss, sums = ops.cross_entropy(logits_NV.detach(), targets_N, domains_N, n_domains, ignore_index, chosen)
     return loss, sums
 
 
@@ -131,10 +129,10 @@ def linear_domain_cross_entropy(
         return cross_entropy_reference(logits_NV, targets_N, domains_N, n_domains, ignore_index)
     budget = chunk_bytes or 0
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
-        return loss_ops.differentiable_linear_cross_entropy(
+        return ops.differentiable_linear_cross_entropy(
             hidden_ND, weight_VD, targets_N, domains_N, n_domains, ignore_index, budget, chosen
         )
-    loss, sums, _, _ = loss_ops.linear_cross_entropy(
+    loss, sums, _, _ = ops.linear_cross_entropy(
         hidden_ND.detach(),
         weight_VD.detach(),
         targets_N,
@@ -201,4 +199,4 @@ def _check_values(
 ) -> None:
     # A compiled graph cannot branch on values; gather then raises for a target, as in any torch code.
     if targets_N.device.type == "cpu" and not torch.compiler.is_compiling():
-        loss_cpu.check_values(targets_N, domains_N, vocab, n_domains, ignore_index)
+        cpu.check_values(targets_N, domains_N, vocab, n_domains, ignore_index)

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from velopath.documents import DOCUMENT, Reading, Scan, Source, find_files, read_texts
 from velopath.errors import ConfigError, DataError
-from velopath.mds_write import compression_level
-from velopath.prepare_tasks import ScanTask, scan_files
+from velopath.mds.write import compression_level
+from velopath.prepare.documents import DOCUMENT, Reading, Scan, Source, find_files, read_texts
+from velopath.prepare.tasks import ScanTask, scan_files
 from velopath.tokenizer import TextTokenizer
 from velopath.workers import Workers
 

@@ -1,6 +1,6 @@
 """MDS folders: the index, checked once, and the documents of its shards.
 
-`index.json` is `{"version": 2, "shards": [...]}`; see `mds_format` for the shards. Nothing that an index says
+`index.json` is `{"version": 2, "shards": [...]}`; see `velopath.mds.format` for the shards. Nothing that an index says
 is believed: every name, size and type is checked, and an error names the file, the shard and the field.
 """
 
@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from velopath.cache import inflate
 from velopath.errors import DataError
-from velopath.mds_format import (
+from velopath.mds.format import (
     MAX_SHARD_BYTES,
     Columns,
     ShardEntry,
@@ -31,7 +30,8 @@ from velopath.mds_format import (
     sample_tokens,
     token_column,
 )
-from velopath.mds_write import MdsWriter
+from velopath.mds.inflate import inflate
+from velopath.mds.write import MdsWriter
 
 __all__ = [
     "Columns",

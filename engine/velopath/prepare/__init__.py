@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from velopath.documents import Reading
 from velopath.durable import locked, sync_folder, write_durably
 from velopath.errors import ConfigError, DataError
-from velopath.prepare_plan import (
+from velopath.prepare.documents import Reading
+from velopath.prepare.plan import (
     DomainPlan,
     Inputs,
     Progress,
@@ -33,7 +33,7 @@ from velopath.prepare_plan import (
     training_set,
     training_texts,
 )
-from velopath.prepare_tasks import PartTask, encode_part, write_domain
+from velopath.prepare.tasks import PartTask, encode_part, write_domain
 from velopath.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 from velopath.workers import Workers
 

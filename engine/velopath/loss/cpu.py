@@ -1,6 +1,6 @@
 """Cross-entropy rows on the CPU: the C++ core, or numba where it is missing; and the sums per domain.
 
-Reference: `velopath.loss_reference`; bound to it by tests/test_loss.py. Each row is summed by one thread and
+Reference: `velopath.loss.reference`; bound to it by tests/test_loss.py. Each row is summed by one thread and
 the rows are added in order, so the number of threads changes no bit.
 """
 
@@ -52,7 +52,7 @@ def write_rows(
     """Write each row's loss in nats and, with `gradient`, (softmax - one hot) / counted over the logits."""
     kernel: Any
     if use_numba:
-        from velopath.loss_numba import cross_entropy_rows as kernel
+        from velopath.loss.numba_rows import cross_entropy_rows as kernel
     else:
         kernel = _core.cross_entropy_rows
     bits = logits.view(torch.uint16) if logits.dtype == torch.bfloat16 else logits

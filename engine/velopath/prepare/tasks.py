@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from velopath.documents import Reading, Scan, Source, read_texts, scan
 from velopath.durable import durable, sync_folder
 from velopath.mds import MdsWriter
+from velopath.prepare.documents import Reading, Scan, Source, read_texts, scan
 from velopath.tokenizer import TextTokenizer
 
 
