@@ -1,0 +1,165 @@
+"""The bars: what a result is measured against, fixed before it was measured. A missed one stays in the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`value` is wanted `sense` ("<=" or ">=") `limit`; `value` None or NaN: not measured."""
+
+    name: str
+    sense: str
+    limit: float
+    value: float | None
+
+    def __post_init__(self) -> None:
+        if self.sense not in ("<=", ">="):
+            raise ValueError(f"sense is {self.sense!r}; expected '<=' or '>='")
+
+    @property
+    def met(self) -> bool | None:
+        if self.value is None or math.isnan(self.value):
+            return None
+        return self.value <= self.limit if self.sense == "<=" else self.value >= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "sense": self.sense,
+            "limit": self.limit,
+            "value": None if self.met is None else self.value,
+            "met": self.met,
+        }
+
+
+def sampler_bars(result: Result) -> list[Bar]:
+    """Ratios of tokens/s; mosaicml-streaming counts in its best setting that packs documents, as we do."""
+    ratios, found = result["ratios"], result["contenders"]
+
+    def against_mosaic(ours: str) -> float | None:
+        packing = [v for k, v in ratios[ours].items() if k.startswith("mosaic-documents")]
+        return min(packing, default=None)
+
+    return [
+        Bar("raw shards / mosaicml-streaming packing documents", ">=", 100, against_mosaic("raw-thread")),
+        Bar("zstd shards / mosaicml-streaming packing documents", ">=", 50, against_mosaic("zstd-thread")),
+        Bar("raw shards / numpy memmap", ">=", 1.5, ratios["raw-thread"].get("memmap")),
+        Bar(
+            "time of a step with a push / without",
+            "<=",
+            1.05,
+            found["raw-thread"]["median"] / found["push-thread"]["median"],
+        ),
+    ]
+
+
+def loss_bars(result: Result) -> list[Bar]:
+    """The CPU's: from logits in place, and from hidden states in chunks."""
+    logits, linear = result["logits"]["contenders"], result["linear"]["contenders"]
+    eager, core = logits["eager, with domains"], logits["velopath C++, in place"]
+    chunks, eager_linear = linear["velopath C++, chunks of 64 MiB"], linear["eager, with domains"]
+    numba = logits["velopath numba, in place"]
+    compiled = logits["torch.compile, with domains"]
+    return [
+        Bar("C++ in place: times as fast as eager", ">=", 5, eager["ms"] / core["ms"]),
+        Bar("C++ in place: times as fast as torch.compile", ">=", 2, compiled["ms"] / core["ms"]),
+        Bar("C++ in place: extra MiB", "<=", 1, core["extra_mib"]),
+        Bar("numba in place: times as fast as eager", ">=", 2.5, eager["ms"] / numba["ms"]),
+        Bar("hidden states in chunks: time / eager", "<=", 1.1, chunks["ms"] / eager_linear["ms"]),
+        Bar(
+            "hidden states in chunks: extra memory / eager",
+            "<=",
+            0.15,
+            chunks["extra_mib"] / eager_linear["extra_mib"],
+        ),
+    ]
+
+
+def step_bars(result: Result) -> list[Bar]:
+    """Our choice: the loop may cost nothing beside a plain one, and data, push and log are not to be felt."""
+    ratios, push = result["ratios"], result["push"]
+    velopath = result["contenders"]["velopath"]
+    return [
+        Bar("tokens/s of the loop / best plain torch loop", ">=", 1.0, ratios["speed over plain loop"]),
+        Bar("share of a step spent waiting for data", "<=", 0.01, velopath["wait_share"]["median"]),
+        Bar("step with domain losses / with F.cross_entropy", "<=", 1.01, ratios["domain losses"]),
+        Bar("step with logging / without", "<=", 1.01, ratios["logging"]),
+        Bar("step right after a push / other steps", "<=", 1.05, push["ratio"]),
+    ]
+
+
+def gpu_bars(parts: Result) -> list[Bar]:
+    """The GPU's, of the parts that were run; `parts` maps a part's name to its result."""
+    bars = list(_check_bars(parts.get("checks", {})))
+    for name, bars_of in (("logits", _logits_bars), ("linear", _linear_bars), ("domains", _domains_bars)):
+        if name in parts:
+            bars += bars_of(parts[name], parts.get("ceilings", {}))
+    if "step" in parts:
+        bars += step_bars(parts["step"])
+    return bars
+
+
+def _check_bars(checks: Result) -> Iterator[Bar]:
+    """A failed check is 1, so that it shows among the bars as missed."""
+    for name, found in checks.items():
+        yield Bar(f"check: {name}", "<=", 0, 0.0 if found["ok"] else 1.0)
+
+
+def _logits_bars(result: Result, ceilings: Result) -> Iterator[Bar]:
+    copy = ceilings.get("copy_bytes_per_second")
+    for part in result["shapes"]:
+        limit = {32000: 0.83, 128256: 0.75}.get(part["vocab"])
+        ours = part["contenders"].get("velopath, in place")
+        if limit is None or ours is None:
+            continue
+        # Every logit is read and its gradient written.
+        rate = 2 * part["rows"] * part["vocab"] * part["itemsize"] / (ours["ms"]["median"] / 1e3)
+        yield Bar(
+            f"logits in place, V={part['vocab']}: bytes/s over the copy's",
+            ">=",
+            limit,
+            rate / copy if copy else None,
+        )
+
+
+def _linear_bars(result: Result, ceilings: Result) -> Iterator[Bar]:
+    copy = ceilings.get("copy_bytes_per_second")
+    for part in result["shapes"]:
+        contenders, vocab = part["contenders"], part["vocab"]
+        ours = contenders.get("velopath")
+        if ours is None:
+            continue
+        ms = ours["ms"]["median"]
+        floor = None
+        if copy and "three matmuls" in contenders:
+            traffic_ms = 2 * part["rows"] * vocab * part["itemsize"] / copy * 1e3
+            floor = contenders["three matmuls"]["ms"]["median"] + traffic_ms
+        where = f"linear, N={part['rows']} D={part['width']} V={vocab}"
+        yield Bar(f"{where}: time / (three matmuls + logits' traffic)", "<=", 1.15, floor and ms / floor)
+        yield Bar(
+            f"{where}: extra memory / (chunk + gradient of hidden + fp32 gradient of the weight)",
+            "<=",
+            1.02,
+            ours["extra_mib"] / part["allowed_mib"],
+        )
+        for peer, sense, limit in (("Liger", ">=", 3.0), ("QuACK", "<=", 1.10)):
+            found = contenders.get(f"{peer}, without domains")
+            if found is None:
+                continue
+            peer_ms = found["ms"]["median"]
+            if peer == "Liger" and vocab == 128256:
+                yield Bar(f"{where}: times as fast as {peer}", sense, limit, peer_ms / ms)
+            elif peer == "QuACK":
+                yield Bar(f"{where}: time / {peer}", sense, limit, ms / peer_ms)
+
+
+def _domains_bars(result: Result, ceilings: Result) -> Iterator[Bar]:
+    for count, found in result["domains"].items():
+        yield Bar(f"domain sums, K={count}: time with / with plain sum and count", "<=", 1.01, found["ratio"])
