@@ -99,6 +99,9 @@ class TrainConfig(_Tree):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool | None = Field(None, description="torch.compile; null: on a GPU only")
     threads: Annotated[int, Field(ge=0)] = Field(1, description="prefetch threads of the sampler")
+    cpu_threads: PositiveInt | None = Field(
+        None, description="threads of torch's CPU kernels; null: torch's choice. Tiny models: 1"
+    )
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 500
     keep_last: PositiveInt = Field(2, description="rolling checkpoints kept; branch points are always kept")

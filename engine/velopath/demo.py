@@ -152,6 +152,9 @@ def _config(
                 "log_every": 10,
                 "checkpoint_every": _steps(200, scale),
                 "device": "cpu",
+                # A second thread gains a quarter on an idle machine and loses nearly all on a busy one, because
+                # kernels this small spend their time waiting for each other.
+                "cpu_threads": 1,
             },
             "proxy": proxy or {},
         },

@@ -92,6 +92,8 @@ class Run:
         return cls(config, folder, init_from_env(config.train.device), command)
 
     def __enter__(self) -> Run:
+        if self.config.train.cpu_threads is not None:
+            torch.set_num_threads(self.config.train.cpu_threads)
         self._stack.callback(self.folder.close)
         self._stack.callback(self.dist.close)
         if self.dist.is_main:
