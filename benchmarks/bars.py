@@ -40,8 +40,11 @@ class Bar:
 
 
 def sampler_bars(result: Result) -> list[Bar]:
-    """Ratios of tokens/s; mosaicml-streaming counts in its best setting that packs documents, as we do."""
-    ratios, found = result["ratios"], result["contenders"]
+    """Ratios of tokens/s; mosaicml-streaming counts in its best setting that packs documents, as we do.
+
+    What a push costs is judged by `step_bars`: there a step is one of training, and not 20 microseconds long.
+    """
+    ratios = result["ratios"]
 
     def against_mosaic(ours: str) -> float | None:
         packing = [v for k, v in ratios[ours].items() if k.startswith("mosaic-documents")]
@@ -51,28 +54,38 @@ def sampler_bars(result: Result) -> list[Bar]:
         Bar("raw shards / mosaicml-streaming packing documents", ">=", 100, against_mosaic("raw-thread")),
         Bar("zstd shards / mosaicml-streaming packing documents", ">=", 50, against_mosaic("zstd-thread")),
         Bar("raw shards / numpy memmap", ">=", 1.5, ratios["raw-thread"].get("memmap")),
-        Bar(
-            "time of a step with a push / without",
-            "<=",
-            1.05,
-            found["raw-thread"]["median"] / found["push-thread"]["median"],
-        ),
     ]
 
 
 def loss_bars(result: Result) -> list[Bar]:
     """The CPU's: from logits in place, and from hidden states in chunks."""
     logits, linear = result["logits"]["contenders"], result["linear"]["contenders"]
-    eager, core = logits["eager, with domains"], logits["velopath C++, in place"]
-    chunks, eager_linear = linear["velopath C++, chunks of 64 MiB"], linear["eager, with domains"]
-    numba = logits["velopath numba, in place"]
-    compiled = logits["torch.compile, with domains"]
+    core, chunks = logits["velopath C++, in place"], linear["velopath C++, chunks of 64 MiB"]
+    eager_linear = linear["eager, with domains"]
+
+    def times_as_fast(name: str, as_name: str) -> float | None:
+        if name not in logits or as_name not in logits:
+            return None
+        return float(logits[as_name]["ms"]["median"] / logits[name]["ms"]["median"])
+
+    eager, in_place = "eager, with domains", "velopath C++, in place"
+    compiled = times_as_fast(in_place, "torch.compile, with domains")
     return [
-        Bar("C++ in place: times as fast as eager", ">=", 5, eager["ms"] / core["ms"]),
-        Bar("C++ in place: times as fast as torch.compile", ">=", 2, compiled["ms"] / core["ms"]),
+        Bar("C++ in place: times as fast as eager", ">=", 5, times_as_fast(in_place, eager)),
+        Bar("C++ in place: times as fast as torch.compile", ">=", 2, compiled),
         Bar("C++ in place: extra MiB", "<=", 1, core["extra_mib"]),
-        Bar("numba in place: times as fast as eager", ">=", 2.5, eager["ms"] / numba["ms"]),
-        Bar("hidden states in chunks: time / eager", "<=", 1.1, chunks["ms"] / eager_linear["ms"]),
+        Bar(
+            "numba in place: times as fast as eager",
+            ">=",
+            2.5,
+            times_as_fast("velopath numba, in place", eager),
+        ),
+        Bar(
+            "hidden states in chunks: time / eager",
+            "<=",
+            1.1,
+            chunks["ms"]["median"] / eager_linear["ms"]["median"],
+        ),
         Bar(
             "hidden states in chunks: extra memory / eager",
             "<=",

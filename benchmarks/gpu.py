@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_checks, gpu_loss, gpu_step, report
+from benchmarks import gpu_checks, gpu_loss, gpu_step, losses, report
 from benchmarks.bars import gpu_bars
 from benchmarks.bench import Bench
 
@@ -28,10 +28,10 @@ Part = tuple[Callable[..., dict[str, Any]], Callable[[Mapping[str, Any]], str]]
 PARTS: dict[str, Part] = {
     "checks": (gpu_checks.run, gpu_checks.table),
     "ceilings": (gpu_loss.run_ceilings, gpu_loss.table_ceilings),
-    "logits": (gpu_loss.run_logits, gpu_loss.table_shapes),
+    "logits": (gpu_loss.run_logits, losses.table_shapes),
     "domains": (gpu_loss.run_domains, gpu_loss.table_domains),
     "step": (gpu_step.run, gpu_step.table),
-    "linear": (gpu_loss.run_linear, gpu_loss.table_shapes),
+    "linear": (gpu_loss.run_linear, losses.table_shapes),
 }
 """In the order in which they run: what matters most first, the longest last."""
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from benchmarks import step
 from benchmarks.bench import Bench
 from benchmarks.gpu_step import setup_of
+from benchmarks.losses import DOMAINS
 from velopath.loss import domain_cross_entropy, linear_domain_cross_entropy
 from velopath.loss.reference import cross_entropy_reference
 
-DOMAINS = 8
 GRADIENT_ERROR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 2**-8}
 REPEATS = 20
 Found = dict[str, Any]

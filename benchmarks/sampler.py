@@ -20,11 +20,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.timing import take_turns
 from velopath.mds import MdsWriter
 from velopath.stream import Sampler, open_sampler
 
@@ -77,7 +79,9 @@ def run(quick: bool = False, mosaic_python: str | None = None, folder: str | Non
         if Path(python).exists():
             ask = stack.enter_context(_mosaic(python, root))
             contenders |= {name: _asking(ask, name.removeprefix("mosaic-")) for name in MOSAIC}
-        samples = _take_turns(contenders, rounds, seconds)
+        for measure in contenders.values():
+            measure(seconds / 2)
+        samples = take_turns({name: partial(m, seconds) for name, m in contenders.items()}, rounds)
     found = {name: _summary(rows) for name, rows in samples.items()}
     return {
         "shape": [ROWS, ROW_TOKENS],
@@ -217,20 +221,6 @@ def _mosaic(python: str, root: Path) -> Iterator[Callable[[str], dict[str, float
 
 def _asking(ask: Callable[[str], dict[str, float]], name: str) -> Measure:
     return lambda seconds: ask(f"{name} {seconds}")
-
-
-def _take_turns(
-    contenders: dict[str, Measure], rounds: int, seconds: float
-) -> dict[str, list[dict[str, float]]]:
-    """`rounds` samples of each contender after one that warms up; each round begins with another one."""
-    names = list(contenders)
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for name in names:
-        contenders[name](seconds / 2)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            samples[name].append(contenders[name](seconds))
-    return samples
 
 
 def _summary(rows: list[dict[str, float]]) -> dict[str, Any]:

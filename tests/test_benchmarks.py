@@ -104,16 +104,29 @@ def test_bar(bar: bars.Bar, met: bool | None) -> None:
 
 def test_bars_of_the_sampler() -> None:
     peers = {"memmap": 4.0, "mosaic-documents": 150.0, "mosaic-documents-workers": 90.0, "mosaic-rows": 60.0}
-    result = {
-        "ratios": {"raw-thread": peers, "zstd-thread": peers},
-        "contenders": {"raw-thread": {"median": 100.0}, "push-thread": {"median": 99.0}},
-    }
+    result = {"ratios": {"raw-thread": peers, "zstd-thread": peers}}
     # The peer's best setting counts: 90, not 150.
-    assert [(b.value, b.met) for b in bars.sampler_bars(result)] == [
-        (90.0, False), (90.0, True), (4.0, True), (pytest.approx(100 / 99), True),
-    ]  # fmt: skip
-    result["ratios"] = {"raw-thread": {"memmap": 4.0}, "zstd-thread": {"memmap": 4.0}}
-    assert [b.met for b in bars.sampler_bars(result)] == [None, None, True, True]
+    assert [(b.value, b.met) for b in bars.sampler_bars(result)] == [(90.0, False), (90.0, True), (4.0, True)]
+    result = {"ratios": {"raw-thread": {"memmap": 4.0}, "zstd-thread": {"memmap": 4.0}}}
+    assert [b.met for b in bars.sampler_bars(result)] == [None, None, True]
+
+
+def test_bars_of_the_loss() -> None:
+    def found(ms: float, mib: float) -> dict[str, Any]:
+        return {"ms": {"median": ms}, "extra_mib": mib}
+
+    logits = {
+        "eager, with domains": found(900, 1500), "torch.compile, with domains": found(300, 500),
+        "velopath numba, in place": found(300, 0), "velopath C++, in place": found(160, 0),
+    }  # fmt: skip
+    linear = {
+        "eager, with domains": found(3000, 1500),
+        "velopath C++, chunks of 64 MiB": found(3200, 140),
+    }
+    result = {"logits": {"contenders": logits}, "linear": {"contenders": linear}}
+    assert [bar.met for bar in bars.loss_bars(result)] == [True, False, True, True, True, True]
+    del logits["torch.compile, with domains"]  # left out, where no compiler is found
+    assert bars.loss_bars(result)[1].met is None
 
 
 def gpu_part(ms: float, **more: Any) -> dict[str, Any]:
