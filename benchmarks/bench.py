@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ class Bench:
     quick: bool
     parts: tuple[str, ...]
     minutes: float
+    keep: Callable[[dict[str, Any]], None] = lambda part: None
+    """Called with what a long part has so far, to be written."""
     start: float = field(default_factory=time.perf_counter)
 
     @property

@@ -3,8 +3,8 @@
     python -m benchmarks gpu [--only PART,PART] [--minutes 9] [--out DIR]
     python -m benchmarks gpu --smoke          # the same code with tiny shapes on the CPU
 
-Every part is written as it finishes, so that a run that is cut off keeps them; a later `--only` of the same day
-and machine adds to them. A part that fails is written as failed, and the others go on.
+Every part, and every shape of a long one, is written as it finishes, so that a run that is cut off keeps them; a
+later `--only` of the same day and machine adds to them. A part that fails is written as failed, the others go on.
 """
 
 from __future__ import annotations
@@ -70,23 +70,26 @@ def _run(bench: Bench, folder: Path, command: str) -> tuple[dict[str, Any], str]
     suite = "gpu-smoke" if bench.smoke else "gpu"
     found = _describe(suite, result, bench, command)
     _add_earlier(result, report.paths(folder, found)[0], found, bench)
-    tables = ""
     for name in bench.parts:
         if bench.seconds_left <= 0:
             result["left_out"].append(name)
             continue
         print(f"gpu: {name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
+
+        def keep(part: dict[str, Any], name: str = name, start: float = start) -> None:
+            result["parts"][name] = part
+            result["part_seconds"][name] = round(time.perf_counter() - start, 1)
+            report.write(folder, _describe(suite, result, bench, command), _tables(result))
+
+        bench.keep = keep
         try:
-            result["parts"][name] = PARTS[name][0](bench)
+            keep(PARTS[name][0](bench))
         except Exception as error:
             traceback.print_exc()
             result["failed"][name] = f"{type(error).__name__}: {error}"
-        result["part_seconds"][name] = round(time.perf_counter() - start, 1)
         _clean_up(bench)
-        found, tables = _describe(suite, result, bench, command), _tables(result)
-        report.write(folder, found, tables)
-    return _describe(suite, result, bench, command), tables or _tables(result)
+    return _describe(suite, result, bench, command), _tables(result)
 
 
 def _describe(suite: str, result: Mapping[str, Any], bench: Bench, command: str) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def run_logits(bench: Bench) -> dict[str, Any]:
         arena = Arena(bench.device, (logits,), random_ids(bench.device, rows, vocab), overwritten=True)
         found = measure(arena, contenders, rounds=bench.rounds(ROUNDS), seconds=_budget(bench))
         shapes.append({"rows": rows, "vocab": vocab, "itemsize": logits.element_size(), **found})
+        bench.keep({"shapes": shapes, "left_out": skipped})
     return {"shapes": shapes, "left_out": skipped}
 
 
@@ -118,6 +119,7 @@ def run_linear(bench: Bench) -> dict[str, Any]:
         allowed = chunk * vocab * size + hidden.numel() * size + (weight.numel() * 4 if chunk < rows else 0)
         shape = {"rows": rows, "width": width, "vocab": vocab, "itemsize": size, "chunk_rows": chunk}
         shapes.append({**shape, "allowed_mib": allowed / 2**20, **found})
+        bench.keep({"shapes": shapes, "left_out": skipped})
     return {"shapes": shapes, "left_out": skipped}
 
 

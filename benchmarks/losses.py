@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import extra_mib, summary, take_turns, timed
+from benchmarks.timing import extra_mib, summary, take_turns, time_limit, timed
 from velopath.loss import domain_cross_entropy, linear_domain_cross_entropy
 
 DOMAINS = 8
 EAGER = "eager, with domains"
 """The contender that the others agree with and are compared to."""
+
+WARM_UP_SECONDS = 150.0
+"""A contender that compiles or tunes for longer is left out."""
 
 Contender = Callable[..., Any]
 """Returns the loss, or (loss, sums), to be differentiated; None where there is nothing to differentiate."""
@@ -153,14 +156,16 @@ def measure(
     good, extra, left_out = {}, {}, []
     for name, contender in contenders.items():
         try:
-            _agree(name, arena.values(contender), reference, arena.leaves[0].dtype)
-            extra[name] = arena.extra_mib(contender)
-            arena.sample(contender)
+            with time_limit(WARM_UP_SECONDS):
+                _agree(name, arena.values(contender), reference, arena.leaves[0].dtype)
+                extra[name] = arena.extra_mib(contender)
+                arena.sample(contender)
             good[name] = partial(arena.sample, contender)
         except Exception as error:
             if name.startswith("velopath"):
                 raise
             left_out.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            arena.restore()
     samples = take_turns(good, rounds, seconds=seconds)
     arena.restore()
     return {

@@ -10,11 +10,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -75,6 +79,28 @@ def timed(device: torch.device, *works: Work) -> list[float]:
         event.record()
     events[-1].synchronize()
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` in this block after `seconds`; without effect outside a main thread or on Windows.
+
+    For code of others that may compile or tune for minutes. Python runs the handler when a native call returns.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not ready after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def wait_for(device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed package
 
-from benchmarks import bars, gpu, report, timing  # noqa: E402
+from benchmarks import bars, gpu, losses, report, timing  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 
 FIELDS = {
@@ -85,6 +86,14 @@ def test_timed_and_memory_on_a_cpu() -> None:
     assert slow > 10 * fast > 0
     mib = timing.extra_mib(cpu, lambda: torch.ones(16 << 20))
     assert math.isnan(mib) or 60 < mib < 80  # 64 MiB, where the system tells
+
+
+def test_time_limit() -> None:
+    with pytest.raises(TimeoutError, match="not ready after 0.05 s"), timing.time_limit(0.05):
+        time.sleep(5)
+    with timing.time_limit(0.05):
+        pass
+    time.sleep(0.1)  # the alarm is off again
 
 
 @pytest.mark.parametrize(
@@ -233,6 +242,31 @@ def test_gpu_suite_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     page = capsys.readouterr().out
     assert all(f"## {name}" in page for name in gpu.PARTS)
     assert "numbers and bars mean nothing" in page
+
+
+def test_peers_that_fail_are_left_out() -> None:
+    """A wrong number, an error: named, and the others go on; ours may not fail."""
+    logits = torch.randn(8, 11)
+    arena = losses.Arena(
+        torch.device("cpu"), (logits,), losses.random_ids(torch.device("cpu"), 8, 11), overwritten=True
+    )
+
+    def broken(logits: torch.Tensor, targets: torch.Tensor, domains: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel image")
+
+    peers = {
+        losses.EAGER: losses.with_domains,
+        "broken": broken,
+        "wrong": lambda x, t, d: 1.01 * losses.plain(x, t, d),
+        "velopath, in place": losses.ours(inplace=True),
+    }
+    found = losses.measure(arena, peers, rounds=3)
+    assert list(found["contenders"]) == [losses.EAGER, "velopath, in place"]
+    assert found["left_out"][0] == "broken: RuntimeError: no kernel image"
+    assert found["left_out"][1].startswith("wrong: AssertionError: wrong: loss ")
+    assert torch.equal(arena.leaves[0], logits)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        losses.measure(arena, {losses.EAGER: losses.with_domains, "velopath": broken}, rounds=3)
 
 
 def test_gpu_suite_goes_on(
