@@ -126,12 +126,13 @@ class Loop:
             meter.add(result)
             if session.step % train.log_every == 0 or session.step == until:
                 self.log(meter.record(rate))
+            stop = self._must_stop(session.step)  # asked once a step: a signal may come at any moment
             with meter.paused():
                 self.control(session, slice_name, watch)
                 due = session.step % train.checkpoint_every == 0 or session.step in keep
-                if due or session.step == until or self._must_stop():
+                if due or stop or session.step == until:
                     digest = self.save(session, slice_name=slice_name, checkpoints=checkpoints, keep=keep)
-            if self._must_stop() and session.step < until:
+            if stop and session.step < until:
                 raise StoppedError(
                     f"stopped at step {session.step} of {until}; state saved in {checkpoints}; "
                     "the same command resumes it"
@@ -188,10 +189,12 @@ class Loop:
         self.dist.barrier()
         return digest
 
-    def _must_stop(self) -> bool:
-        """Whether any rank was asked to stop; all ranks agree."""
+    def _must_stop(self, step: int) -> bool:
+        """Whether any rank was asked to stop; all ranks agree, so several ranks ask each other only now and then."""
         if self.dist.world == 1:
             return self.stop.requested
+        if step % self.config.train.log_every:
+            return False
         flag = torch.tensor([float(self.stop.requested)], device=self.dist.device)
         return bool(self.dist.all_reduce_sum(flag).item() > 0)
 
