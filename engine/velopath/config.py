@@ -21,7 +21,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Tree(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SliceConfig(_Tree):
@@ -177,6 +177,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     try:
         tree = OmegaConf.load(path)
+        if not OmegaConf.is_dict(tree):
+            raise ConfigError(f"{path}: expected a map with the keys of RunConfig")
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(_checked(overrides))))
         plain = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
@@ -185,8 +187,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path} is a folder; expected a YAML file") from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(plain, dict):
-        raise ConfigError(f"{path}: expected a map with the keys of RunConfig")
+    assert isinstance(plain, dict)
     return validate_config(_absolute_paths(plain, path.parent), where=str(path))
 
 
