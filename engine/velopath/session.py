@@ -26,6 +26,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
+import numpy as np
+
 from velopath.controllers import Controller
 from velopath.domains import DomainLoss, MixtureWeights
 from velopath.errors import ConfigError
@@ -38,7 +40,6 @@ Record = Callable[[dict[str, Any]], None]
 class Sums(Protocol):
     """A (2, K) array of nats and tokens on any device: torch tensor or numpy array."""
 
-    def __add__(self, other: Any, /) -> Any: ...
     def tolist(self) -> list[list[float]]: ...
 
 
@@ -133,14 +134,16 @@ class Session:
     def on_step(self, sums: Sums | None = None) -> None:
         """The batch handed out last was trained on; `sums` (2, K) are its nats and tokens per domain.
 
-        Adds the sums where they are (no device synchronisation) for `training_loss`.
+        Adds the sums where they are (no device synchronisation) for `training_loss`, in fp64: there sums of fp32
+        numbers are exact, so that neither a save in between nor the number of ranks changes a bit.
         """
         if self._batch is None:
             raise ConfigError("on_step without a batch; call next_batch first")
         self.step = self._batch.step + 1
         self._batch = None
         if sums is not None:
-            self._sums = sums if self._sums is None else self._sums + sums
+            wide = _wide(sums)
+            self._sums = wide if self._sums is None else self._sums + wide
 
     def training_loss(self) -> DomainLoss:
         """Loss per domain of the training batches since the last call, over all ranks. Synchronises the device."""
@@ -217,6 +220,11 @@ class Session:
         self._observed = state["observed"]
         if self.controller is not None and state["controller"] is not None:
             self._state = self.controller.state_from_json(state["controller"])
+
+
+def _wide(sums: Any) -> Any:
+    """The sums in fp64: a torch tensor on its device, anything else as a numpy array."""
+    return sums.double() if hasattr(sums, "double") else np.asarray(sums, np.float64)
 
 
 def _add(a: list[list[float]], b: list[list[float]] | None) -> list[list[float]]:
