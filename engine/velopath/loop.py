@@ -85,12 +85,15 @@ class Loop:
         checkpoints: Path,
         keep: frozenset[int] = frozenset(),
         watch: bool = False,
+        evaluate_end: bool = False,
     ) -> str:
         """Train until `session.step == until`; save at the end, every `checkpoint_every` steps and at `keep`.
 
         Returns the digest of the last checkpoint (on rank 0; "" elsewhere).
 
-        `watch` evaluates a session (without controller) as often as a controller would, for the record.
+        `watch` evaluates a session (without controller) as often as a controller would, for the record;
+        `evaluate_end` evaluates at the end, if the controller did not. What is logged about a step is logged
+        before its save: a run killed at any point has all of it once it is resumed.
         Raises `StoppedError` after a requested stop (state saved), `NumericalError` after `SKIPS_IN_A_ROW`
         steps without a finite gradient (nothing saved since), `DataError` where the data ends early.
         """
@@ -129,6 +132,8 @@ class Loop:
             stop = self._must_stop(session.step)  # asked once a step: a signal may come at any moment
             with meter.paused():
                 self.control(session, slice_name, watch)
+                if session.step == until:
+                    self._log_end(session, slice_name, evaluate_end)
                 due = session.step % train.checkpoint_every == 0 or session.step in keep
                 if due or stop or session.step == until:
                     digest = self.save(session, slice_name=slice_name, checkpoints=checkpoints, keep=keep)
@@ -143,12 +148,19 @@ class Loop:
         """Evaluate and let the controller move the weights, where it is due."""
         tokens = self.config.control.heldout_tokens
         if not session.control_due:
-            if watch and session.step % session.every == 0:
+            if watch and session.controller is None and session.step % session.every == 0:
                 self.evaluate(tokens, session=session, slice_name=slice_name)
         elif self.config.control.signal == "heldout" or not session.started:
             session.on_eval(self.evaluate(tokens, session=session, slice_name=slice_name))
         else:
             session.on_eval(session.training_loss())
+
+    def _log_end(self, session: Session, slice_name: str, evaluate: bool) -> None:
+        """What the stretch has read in all, and on request its held-out loss."""
+        if evaluate and not session.observed:
+            self.evaluate(self.config.control.heldout_tokens, session=session, slice_name=slice_name)
+        record = {"kind": "exposure", "segment": session.segment, "step": session.step, "slice": slice_name}
+        self.log(record | {"domains": session.sampler.exposure()})
 
     def evaluate(self, tokens: int, *, session: Session, slice_name: str, kind: str = "eval") -> DomainLoss:
         """Held-out loss per domain on `tokens` tokens of each, the same on all ranks, logged as a record `kind`."""

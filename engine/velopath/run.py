@@ -294,8 +294,6 @@ class Run:
                     path=self.checkpoints(segment),
                 )
             yield session
-            exposure = {"kind": "exposure", "segment": segment, "step": session.step, "slice": piece.slice}
-            self.log(exposure | {"domains": sampler.exposure()})
 
     def controller(self, slice_name: str) -> Controller:
         """The configured controller, with targets read at the end of the slice."""

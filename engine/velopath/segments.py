@@ -25,10 +25,10 @@ def train_main(run: Run, until: int | None = None) -> int:
     loop, checkpoint = run.loop_at(root)
     state = checkpoint.state if checkpoint is not None else None
     step = 0 if state is None else int(state["step"])
-    if checkpoint is not None and step >= goal:
-        _note_main(
-            run, str(checkpoint.state["slice"]), step, checkpoint.digest
-        )  # if killed before it was noted
+    slice_ends = {piece.end for piece in run.pieces(0, sum(length for _, length in run.plan.slices))}
+    if checkpoint is not None and (step == goal or step in slice_ends):  # killed before it was noted, perhaps
+        _note_main(run, str(checkpoint.state["slice"]), step, checkpoint.digest)
+    if step >= goal:
         run.note(MAIN, f"is at step {step} already")
         return step
     keep = frozenset(branch.start_step for branch in run.plan.branches)
@@ -39,9 +39,14 @@ def train_main(run: Run, until: int | None = None) -> int:
         with run.session(
             piece, segment=MAIN, path=run.main_path(), state=state, controller=controller
         ) as session:
-            digest = loop.run(session, until=piece.end, slice_name=piece.slice, checkpoints=root, keep=keep)
-            if not session.observed:
-                loop.evaluate(run.config.control.heldout_tokens, session=session, slice_name=piece.slice)
+            digest = loop.run(
+                session,
+                until=piece.end,
+                slice_name=piece.slice,
+                checkpoints=root,
+                keep=keep,
+                evaluate_end=True,
+            )
         _note_main(run, piece.slice, piece.end, digest)
     return goal
 
