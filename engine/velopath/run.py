@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ from velopath.stream import domain_folders, open_sampler
 from velopath.targets import Targets
 
 MAIN = "main"
+Mode = Literal["train", "append", "read"]
+"""How a run is opened: to train; to add an export, leaving run.json as it is; only to look, without its lock."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ class Run:
     `watchers` are called with every metrics record and with `begin` and `note` records for the console.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, dist: Dist, command: str) -> None:
-        self.config, self.folder, self.dist, self.command = config, folder, dist, command
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, dist: Dist, command: str, mode: Mode = "train"
+    ) -> None:
+        self.config, self.folder, self.dist, self.command, self.mode = config, folder, dist, command, mode
         self.watchers: list[Callable[[dict[str, Any]], None]] = []
         self.stop = StopRequest()
         self.seconds_before = 0.0
@@ -82,22 +86,23 @@ class Run:
         return cls(config, folder, dist, command)
 
     @classmethod
-    def reopen(cls, path: Path, command: str) -> Run:
+    def reopen(cls, path: Path, command: str, mode: Mode = "train") -> Run:
         """The run in `path`, with the configuration recorded there."""
         folder = RunFolder(path)
         recorded = folder.path / "config.yaml"
         if not recorded.exists():
             raise DataError("not a run folder: it has no config.yaml", path=path)
         config = load_config(recorded)
-        return cls(config, folder, init_from_env(config.train.device), command)
+        return cls(config, folder, init_from_env(config.train.device), command, mode)
 
     def __enter__(self) -> Run:
         if self.config.train.cpu_threads is not None:
             torch.set_num_threads(self.config.train.cpu_threads)
         self._stack.callback(self.folder.close)
         self._stack.callback(self.dist.close)
-        if self.dist.is_main:
+        if self.dist.is_main and self.mode != "read":
             self._stack.enter_context(self.folder.lock())
+        if self.dist.is_main and self.mode == "train":
             self.folder.write_text("config.yaml", self.config.to_yaml())
             self.folder.write_json("plan.json", self.plan.to_json())
             tables = {
@@ -111,7 +116,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.dist.is_main:
+        if self.dist.is_main and self.mode == "train":
             state = "done" if error is None else "stopped" if isinstance(error, StoppedError) else "failed"
             self._write_about(state)
         self._stack.close()

@@ -38,4 +38,4 @@ def branch(
     with Run.reopen(run, command="velopath branch") as job, console_log(job):
         version = cut_version(job, name, at=at, steps=steps, shape=shape)
         if not no_export:
-            typer.echo(str(export_version(job, version.name)))
+            job.note("export", str(export_version(job, version.name)))

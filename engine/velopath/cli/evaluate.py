@@ -23,7 +23,7 @@ def evaluate(
     from velopath.export import evaluate_model
     from velopath.run import Run
 
-    with Run.reopen(run, command="velopath eval") as job:
+    with Run.reopen(run, command="velopath eval", mode="read") as job:
         losses = {model: evaluate_model(job, model, tokens) for model in models}
     if as_json:
         import json

@@ -17,5 +17,7 @@ def export(
     from velopath.export import export_version
     from velopath.run import Run
 
-    with Run.reopen(run, command="velopath export") as job:
-        typer.echo(str(export_version(job, version, out)))
+    with Run.reopen(run, command="velopath export", mode="append") as job:
+        folder = export_version(job, version, out)
+        if job.dist.is_main:
+            typer.echo(str(folder))

@@ -56,6 +56,6 @@ def train(
                     train_main(job, segment.end_step)
                 else:
                     cut_version(job, segment.name)
-                    typer.echo(str(export_version(job, segment.name)))
+                    job.note("export", str(export_version(job, segment.name)))
         else:
             train_main(job, until)
