@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test bench lint clean help
+.PHONY: install demo test bench interop lint clean help
 help:  ## show these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -28,6 +28,9 @@ test: $(STAMP)  ## run the tests
 
 bench: $(STAMP)  ## run the benchmarks that need no GPU
 	$(BIN)/python -m benchmarks all
+
+interop: $(STAMP)  ## check both directions against mosaicml-streaming, in .venv-mosaic (1 GB)
+	PYTHONPATH=tests $(BIN)/python -m interop.check --venv .venv-mosaic --results tests/interop/results
 
 lint: $(STAMP)  ## ruff, mypy
 	$(BIN)/ruff check .

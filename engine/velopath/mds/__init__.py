@@ -132,6 +132,16 @@ def _documents(raw: memoryview, entry: ShardEntry, bytes_dtype: str) -> Iterator
         yield tokens
 
 
+# Commands that inflate a shard of the reference's other compressions; the raw file beside it is then read.
+_SNAPPY = "import snappy; open('{name}', 'wb').write(snappy.decompress(open('{name}.snappy', 'rb').read()))"
+_INFLATE = {
+    "gz": "gunzip -k {name}.gz",
+    "bz2": "bunzip2 -k {name}.bz2",
+    "br": "brotli -d -k -o {name} {name}.br",
+    "snappy": f'python -c "{_SNAPPY}"',
+}
+
+
 def _shown(value: object) -> str:
     """A value for an error message, cut to a readable length."""
     text = repr(value)
@@ -196,7 +206,9 @@ class _IndexReader:
         if compression.split(":")[0] != "zstd":
             if raw_path.is_file():
                 return None, None, {}
-            advice = "null or zstd; inflate the shard files beside themselves (for gz: gunzip -k *.mds.gz) to read them"
+            advice = "null, 'zstd' or 'zstd:LEVEL'"
+            if convert := _INFLATE.get(compression.split(":")[0]):
+                advice += f"; inflate every shard beside itself: {convert.format(name=raw_path.name)}"
             raise self.wrong(f"{where}.compression", compression, advice)
         if zip_data is None:
             raise self.wrong(f"{where}.zip_data", zip_data, f"a file, as compression is {compression!r}")
