@@ -117,7 +117,12 @@ public:
             return;
         }
         const py::gil_scoped_release free;
-        sampler_.reset();
+        if (sampler_->close()) {
+            sampler_.reset();
+            return;
+        }
+        static_cast<void>(sampler_.release());  // a thread still hangs in it, and in a buffer
+        new std::shared_ptr<Pool>(std::move(pool_));
     }
 
     Sampler& core() const {

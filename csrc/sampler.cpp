@@ -29,20 +29,27 @@ Sampler::Sampler(std::vector<std::shared_ptr<const TokenStream>> streams, std::v
     for (std::size_t i = 0; i < slots_.size(); ++i) slots_[i].buffer = buffers.at(i);
     cursors_.push_back({settings.start_step, std::vector<u64>(streams_.size(), 0), std::vector<i64>(streams_.size(), 0)});
     mixes_.push_back({0, settings.start_step, std::move(shares)});
-    for (u64 i = 0; i < settings.threads; ++i) threads_.emplace_back([this] { work(); });
+    const Lock lock(mutex_);
+    for (u64 i = 0; i < settings.threads; ++i, ++living_) threads_.emplace_back([this] { work(); });
 }
 
 Sampler::~Sampler() { close(); }
 
-void Sampler::close() {
-    {
-        const Lock lock(mutex_);
-        stopping_ = true;
-    }
+bool Sampler::close() {
+    Lock lock(mutex_);
+    stopping_ = true;
     space_.notify_all();
     ready_.notify_all();
-    for (std::thread& thread : threads_)
-        if (thread.joinable()) thread.join();
+    if (threads_.empty()) return living_ == 0;
+    const bool ended = ready_.wait_for(lock, std::chrono::duration<double>(settings_.stall_seconds), [this] { return living_ == 0; });
+    std::vector<std::thread> threads;
+    threads.swap(threads_);
+    lock.unlock();
+    for (std::thread& thread : threads) {
+        if (ended) thread.join();
+        else thread.detach();
+    }
+    return ended;
 }
 
 void Sampler::check_open() const {
@@ -121,16 +128,16 @@ void Sampler::run_ahead(Lock& lock, u64 most) {
 void Sampler::work() {
     Lock lock(mutex_);
     try {
-        while (true) {
-            space_.wait(lock, [this] { return stopping_ || can_plan(); });
-            if (stopping_) return;
+        while (!stopping_) {
             run_ahead(lock, std::max<u64>(1, slots_.size() / (2 * settings_.threads)));
+            space_.wait(lock, [this] { return stopping_ || can_plan(); });
         }
     } catch (...) {
         if (!lock.owns_lock()) lock.lock();
         fatal_ = std::current_exception();
-        ready_.notify_all();
     }
+    --living_;
+    ready_.notify_all();
 }
 
 // Drops what is planned or assembled for `step` and later ones; a worker in the midst of one frees its slot itself.
@@ -162,7 +169,8 @@ std::optional<Handed> Sampler::next(Buffer* spare, const std::function<void()>& 
     Lock lock(mutex_);
     u64 done = done_;
     bool waited_briefly = false;
-    auto since = Clock::now(), polled = since;
+    double waited = 0;  // for a thread to finish a step; a wait in which this process was frozen counts as a slice
+    auto begin = Clock::now(), polled = begin;
     while (true) {
         check_open();
         Slot& slot = slot_of(handed_);
@@ -182,8 +190,9 @@ std::optional<Handed> Sampler::next(Buffer* spare, const std::function<void()>& 
         }
         ready_.wait_for(lock, SLICE);
         const auto now = Clock::now();
-        if (done_ != done) done = done_, since = now;
-        const double waited = std::chrono::duration<double>(now - since).count();
+        waited += std::min(std::chrono::duration<double>(now - begin).count(), 2 * std::chrono::duration<double>(SLICE).count());
+        begin = now;
+        if (done_ != done) done = done_, waited = 0;
         if (waited > settings_.stall_seconds)
             throw VelopathError("no reader thread finished a step for " + std::to_string(waited) + " s while waiting for step " +
                                 std::to_string(handed_) + "; is the storage hanging? Calling next again goes on waiting");

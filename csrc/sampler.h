@@ -32,7 +32,7 @@ struct Settings {
     u64 start_step = 0;
     u64 threads = 1;   // 0: next() assembles
     u64 prefetch = 8;  // steps ahead
-    double stall_seconds = 30;
+    double stall_seconds = 5;
 };
 
 // A step of this rank, its tokens in `buffer`.
@@ -71,7 +71,9 @@ public:
     // Continues at `cursor`; `mixes` as from mixes_at. Everything assembled is dropped.
     void load(Cursor cursor, std::vector<Mix> mixes);
 
-    void close();  // ends the threads; every later call throws
+    // Ends the threads; every later call throws. False where a thread hangs for stall_seconds (in storage that does not
+    // answer): it is left behind, and this object and its buffers must stay in memory for it.
+    bool close();
 
     static constexpr u64 KEPT = 64;
 
@@ -116,6 +118,7 @@ private:
     bool ended_ = false;              // step planned_ cannot be filled
     bool gate_ = false;               // a push is between begin and commit
     bool stopping_ = false;
+    u64 living_ = 0;                  // threads that have not ended
     u64 pushed_step_ = 0;
     std::exception_ptr fatal_;
     std::vector<std::thread> threads_;

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <utility>
 
@@ -16,6 +17,7 @@ namespace velopath {
 namespace {
 
 constexpr std::uint64_t MAX_TOKEN = 0x7FFFFFFF;
+constexpr std::int64_t CHECK_NS = 10'000'000;
 
 template <class T>
 T load(const unsigned char* at) {  // samples are not aligned
@@ -92,6 +94,8 @@ Shard::Shard(ShardSpec spec) : spec_(std::move(spec)) {
     struct stat info {};
     const bool known = ::fstat(file, &info) == 0 && S_ISREG(info.st_mode);
     bytes_ = known ? static_cast<std::uint64_t>(info.st_size) : 0;
+    device_ = static_cast<std::uint64_t>(info.st_dev);
+    inode_ = static_cast<std::uint64_t>(info.st_ino);
     std::string problem;
     if (!known) problem = "not a regular file";
     else if (bytes_ != spec_.raw_bytes)
@@ -113,7 +117,8 @@ Shard::Shard(ShardSpec spec) : spec_(std::move(spec)) {
 
 Shard::Shard(Shard&& other) noexcept
     : spec_(std::move(other.spec_)), lean_(other.lean_), shift_(other.shift_), overhead_(other.overhead_),
-      samples_(other.samples_), data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
+      samples_(other.samples_), data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_),
+      device_(other.device_), inode_(other.inode_) {}
 
 Shard::~Shard() {
     if (data_ != nullptr) ::munmap(const_cast<unsigned char*>(data_), bytes_);
@@ -135,6 +140,19 @@ void Shard::check_table() const {
     if (offset(n) != bytes_)
         throw DataError("the last offset is " + std::to_string(offset(n)) + ", the file has " + std::to_string(bytes_) + " bytes",
                         spec_.path);
+}
+
+void Shard::check_whole() const {
+    const std::int64_t now = std::chrono::steady_clock::now().time_since_epoch().count();
+    if (now - checked_ns_.load(std::memory_order_relaxed) < CHECK_NS) return;
+    struct stat info {};
+    const bool same = ::stat(spec_.path.c_str(), &info) == 0 && static_cast<std::uint64_t>(info.st_dev) == device_ &&
+                      static_cast<std::uint64_t>(info.st_ino) == inode_;
+    if (same && static_cast<std::uint64_t>(info.st_size) < bytes_)
+        throw DataError("the shard was cut to " + std::to_string(info.st_size) + " bytes while it was in use, index.json says " +
+                            std::to_string(bytes_) + "; put the file back and open the sampler anew",
+                        spec_.path);
+    checked_ns_.store(now, std::memory_order_relaxed);
 }
 
 void Shard::fail(const std::string& problem, std::uint64_t sample) const {

@@ -1,6 +1,7 @@
 // One raw MDS shard (version 2) as read-only memory: map, check every bound, find sample i and its tokens.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -67,6 +68,10 @@ public:
     // Writes tokens [first, first + count) of sample i. Throws DataError on an id outside [0, 2^31).
     void copy(std::uint64_t i, const Document& document, std::uint64_t first, std::uint64_t count, std::int32_t* out) const;
 
+    // Reading a page of a map behind the end of its file kills the process (SIGBUS). Asks the file's size, at most
+    // every 10 ms, and throws DataError where the file was cut; a file replaced or unlinked keeps its map whole.
+    void check_whole() const;
+
     [[noreturn]] void fail(const std::string& problem, std::uint64_t sample) const;
 
 private:
@@ -94,6 +99,8 @@ private:
     std::uint64_t samples_ = 0;
     const unsigned char* data_ = nullptr;
     std::uint64_t bytes_ = 0;
+    std::uint64_t device_ = 0, inode_ = 0;
+    mutable std::atomic<std::int64_t> checked_ns_{0};  // when check_whole last asked
 };
 
 }  // namespace velopath

@@ -36,6 +36,7 @@ void TokenStream::read(std::uint64_t position, std::uint64_t count, std::int32_t
     std::uint64_t skip = position - *mark;  // tokens between the start of document i and the position
     for (std::uint64_t here = length(part->shard, i); skip >= here; here = length(part->shard, ++i)) skip -= here;
 
+    part->shard.check_whole();
     while (count > 0) {
         const Document document = part->shard.document(i);
         if (skip < document.tokens) {
@@ -53,6 +54,7 @@ void TokenStream::read(std::uint64_t position, std::uint64_t count, std::int32_t
         if (++i == part->shard.samples()) {
             i = 0;
             if (++part == parts_.end()) part = parts_.begin();
+            part->shard.check_whole();
         }
     }
 }

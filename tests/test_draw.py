@@ -83,6 +83,30 @@ def worst_error(shares_by_push, rows):
 weight = st.floats(0, 1, allow_subnormal=False)
 
 
+def shares_in_fractions(weights):
+    """`integer_shares` by its definition: largest remainder in rational arithmetic, ties to the lower index."""
+    exact = [Fraction(w) for w in weights]
+    quotas = [w * SHARE_ONE / sum(exact) for w in exact]
+    shares = [q.numerator // q.denominator for q in quotas]
+    by_remainder = sorted(range(len(shares)), key=lambda k: (shares[k] - quotas[k], k))
+    for k in by_remainder[: SHARE_ONE - sum(shares)]:
+        shares[k] += 1
+    return shares
+
+
+# Subnormal and huge weights in one mix, equal ones (ties), zeros.
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.one_of(st.floats(0, 1e300), weight, st.sampled_from([0.0, 0.1, 1 / 3, 1, 7])), min_size=1
+    ).filter(any)
+)
+def test_integer_shares_equal_their_definition(weights):
+    shares = integer_shares(weights)
+    assert shares == shares_in_fractions(weights)
+    assert sum(shares) == SHARE_ONE
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(weight, min_size=1, max_size=100).filter(any))
 def test_rows_stay_within_one_of_the_asked_share(weights):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 from velopath.errors import ConfigError
 
@@ -128,14 +127,19 @@ def check_weights(weights: Mapping[str, float], names: Sequence[str] | None = No
 def integer_shares(weights: Sequence[float]) -> list[int]:
     """Integers proportional to `weights` that sum to `SHARE_ONE` (2^32), by largest remainder.
 
-    Exact rational arithmetic on the given floats, ties to the lower index: the same floats give the same
-    integers on every machine. A weight of 0 gets 0.
+    Exact arithmetic on the given floats, as whole numbers over their common denominator, ties to the lower
+    index: the same floats give the same integers on every machine. A weight of 0 gets 0.
     """
-    exact = [Fraction(w) for w in weights]
-    total = sum(exact, Fraction(0))
-    quotas = [w * SHARE_ONE / total for w in exact]
-    shares = [q.numerator // q.denominator for q in quotas]
-    by_remainder = sorted(range(len(shares)), key=lambda k: (shares[k] - quotas[k], k))
+    ratios = [w.as_integer_ratio() for w in weights]
+    common = math.lcm(*(denominator for _, denominator in ratios))
+    parts = [numerator * (common // denominator) for numerator, denominator in ratios]
+    total = sum(parts)
+    shares, remainders = [], []
+    for part in parts:
+        share, remainder = divmod(part * SHARE_ONE, total)
+        shares.append(share)
+        remainders.append(remainder)
+    by_remainder = sorted(range(len(shares)), key=remainders.__getitem__, reverse=True)  # stable: ties in order
     for k in by_remainder[: SHARE_ONE - sum(shares)]:
         shares[k] += 1
     return shares

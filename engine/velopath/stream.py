@@ -26,10 +26,10 @@ from velopath.cache import raw_path
 from velopath.domains import DomainTable, MixtureWeights, check_weights, integer_shares
 from velopath.errors import ConfigError, DataError, PushRejectedError
 from velopath.mds import MdsFolder, ShardEntry, load_index, token_column
+from velopath.stream_order import POLICIES, domain_key
 from velopath.stream_state import Identity, read_state, write_state
 
 _TYPE_CODES = {"uint8": 8, "uint16": 16, "int16": 17, "uint32": 32, "int32": 33, "uint64": 64, "int64": 65}
-_POLICIES = ("repeat", "renormalise", "stop")
 _INFLATERS = 8
 
 
@@ -62,13 +62,14 @@ def open_sampler(
     cache: str | Path | None = None,
     audit: str | Path | None = None,
     *,
+    audit_parent: str | Path | None = None,
     start_step: int = 0,
     threads: int = 1,
     prefetch: int = 8,
     allocate: Callable[[tuple[int, int]], NDArray[np.int32]] | None = None,
     domain_key_salt: str = "",
     bytes_dtype: str = "int64",
-    stall_seconds: float = 30.0,
+    stall_seconds: float = 5.0,
 ) -> Sampler:
     """Open a sampler on MDS folders, one per domain.
 
@@ -79,7 +80,8 @@ def open_sampler(
 
     `exhaustion` of a domain after floor(N / T) rows: "repeat" reads it again in a new order, "renormalise" goes
     on without it, "stop" ends the stream before the first step that cannot be filled. zstd shards are inflated
-    once into `cache`. Rank 0 writes the audit log to `audit`. `start_step` is the number of the first step.
+    once into `cache`. Rank 0 writes the audit log to `audit`, for a stream that goes on from the one of the log
+    `audit_parent` beside it (load its state then) as a fork of that. `start_step` is the number of the first step.
     `threads` assemble up to `prefetch` steps ahead (0: `next` assembles). `allocate(shape)` gives an int32 array
     to write into, for pinned memory. `domain_key_salt` (the name of a data slice) keys the order of rows. A
     `bytes` column holds `bytes_dtype` values. A step that no thread finishes for `stall_seconds` is an error.
@@ -95,8 +97,8 @@ def open_sampler(
             raise ConfigError(f"{name} is {value!r}; expected a whole number, {least} or more")
     if rank >= world:
         raise ConfigError(f"rank is {rank}; expected less than world, {world}")
-    if exhaustion not in _POLICIES:
-        raise ConfigError(f"exhaustion is {exhaustion!r}; expected one of {', '.join(_POLICIES)}")
+    if exhaustion not in POLICIES:
+        raise ConfigError(f"exhaustion is {exhaustion!r}; expected one of {', '.join(POLICIES)}")
     folders = domain_folders(root)
     if weights is not None:
         check_weights(weights, tuple(folders))
@@ -128,7 +130,7 @@ def open_sampler(
     mix = _mixture(identity.table.names, weights or identity.table.prior)
     core = _core.Sampler(
         list(streams.values()),
-        keys=[_domain_key(domain_key_salt, name) for name in streams],
+        keys=[domain_key(domain_key_salt, name) for name in streams],
         shares=integer_shares(mix.shares),
         seed=seed,
         rank=rank,
@@ -142,7 +144,7 @@ def open_sampler(
         stall_seconds=stall_seconds,
         allocate=allocate or _allocate,
     )
-    log = AuditLog(audit) if audit is not None and rank == 0 else None
+    log = AuditLog(audit, audit_parent) if audit is not None and rank == 0 else None
     return Sampler(core, identity, rank, MixtureWeights(mix.names, mix.shares, 0, start_step), log)
 
 
@@ -167,14 +169,9 @@ class Sampler:
         self.names = identity.table.names
         self.rank, self.world, self.rows = rank, identity.world, identity.rows
         self.row_tokens, self.global_rows, self.eos = identity.row_tokens, identity.global_rows, identity.eos
+        self.order = identity.order
         if audit is not None:
-            details: dict[str, Any] = {
-                "seed": identity.seed,
-                "global_rows": self.global_rows,
-                "row_tokens": self.row_tokens,
-            }
-            details |= {"tokens": dict(zip(self.names, self.table.tokens, strict=True))}
-            audit.append("start", step=identity.start_step, new=weights, details=details)
+            audit.begin(self.order, weights)
 
     @property
     def step(self) -> int:
@@ -228,7 +225,6 @@ class Sampler:
                 pushed = MixtureWeights(mix.names, mix.shares, id, step)
                 if self._audit is not None:
                     old = self._mixes[id - 1]
-                    self._audit.rewind(step=self._core.step, weights_id=id - 1, weights=old)
                     self._audit.append(
                         "push", step=step, old=old, new=pushed, reason=reason, digest=digest, details={"weights_id": id}
                     )  # fmt: skip
@@ -259,6 +255,12 @@ class Sampler:
                 "unique_tokens": unique,
             }
         return result
+
+    def ids(self, step: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Domains and row ids of all ranks together at `step`, (rows * world,): the next one, or one of the last 64."""
+        shares = self._core.mixes_at(step)[0][2]
+        domains, row_ids, _, _ = self.order.draw(step, 1, shares, *self._core.cursor_at(step))
+        return domains.reshape(-1), row_ids.reshape(-1)
 
     def plan(self, steps: int) -> NDArray[np.int64]:
         """Rows of each domain (all ranks) in the coming `steps` steps, (steps, K); fewer where the stream ends.
@@ -320,12 +322,6 @@ def _mixture(names: tuple[str, ...], weights: Mapping[str, float]) -> MixtureWei
         return MixtureWeights.of({name: float(weights[name]) for name in names})
     except OverflowError as error:
         raise ConfigError(f"the weights {dict(weights)} are too large to be summed") from error
-
-
-def _domain_key(salt: str, name: str) -> int:
-    """64 bits of (salt, name): a domain's order of rows does not depend on which other domains there are."""
-    text = json.dumps([salt, name]).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def domain_folders(root: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
