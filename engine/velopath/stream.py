@@ -25,7 +25,7 @@ from velopath.audit import AuditLog
 from velopath.cache import raw_path
 from velopath.domains import DomainTable, MixtureWeights, check_weights, integer_shares
 from velopath.errors import ConfigError, DataError, PushRejectedError
-from velopath.mds import MdsFolder, ShardEntry, load_index, token_column
+from velopath.mds import MdsFolder, ShardEntry, load_index, shard_token_column
 from velopath.stream_order import POLICIES, domain_key
 from velopath.stream_state import Identity, read_state, write_state
 
@@ -70,6 +70,7 @@ def open_sampler(
     domain_key_salt: str = "",
     bytes_dtype: str = "int64",
     stall_seconds: float = 5.0,
+    verify: bool = False,
 ) -> Sampler:
     """Open a sampler on MDS folders, one per domain.
 
@@ -85,6 +86,7 @@ def open_sampler(
     `threads` assemble up to `prefetch` steps ahead (0: `next` assembles). `allocate(shape)` gives an int32 array
     to write into, for pinned memory. `domain_key_salt` (the name of a data slice) keys the order of rows. A
     `bytes` column holds `bytes_dtype` values. A step that no thread finishes for `stall_seconds` is an error.
+    Hashes are checked when a shard is inflated; `verify` reads and checks those of all raw files first.
 
     Raises `ConfigError` on a wrong argument, `DataError` naming shard and sample on damaged data or a domain
     of fewer than T tokens. Fork before opening, not after.
@@ -105,7 +107,8 @@ def open_sampler(
     eos = _end_of_text(folders, eos)
     indexes = {name: load_index(folder) for name, folder in folders.items()}
     streams = {
-        name: _core.TokenStream(shards, eos) for name, shards in _shards(indexes, cache, bytes_dtype).items()
+        name: _core.TokenStream(shards, eos)
+        for name, shards in _shards(indexes, cache, bytes_dtype, verify).items()
     }
     for name, stream in streams.items():
         if stream.tokens < row_tokens:
@@ -363,17 +366,17 @@ def _end_of_text(folders: Mapping[str, Path], eos: int | None) -> int | None:
 
 
 def _shards(
-    indexes: Mapping[str, MdsFolder], cache: str | Path | None, bytes_dtype: str
+    indexes: Mapping[str, MdsFolder], cache: str | Path | None, bytes_dtype: str, verify: bool
 ) -> dict[str, list[_core._Shard]]:
     """Shards of each domain as the core takes them; zstd ones are inflated side by side."""
 
     def describe(entry: ShardEntry) -> _core._Shard:
-        column = token_column(entry.columns, bytes_dtype=bytes_dtype)
+        column = shard_token_column(entry, bytes_dtype=bytes_dtype)
         # No sample can be larger than its shard, so a larger fixed size is as good as any too large one.
         sizes = [-1 if s is None else min(s, 1 << 32) for s in entry.columns.sizes]
         code = 0 if column.dtype is None else _TYPE_CODES[column.dtype]
         length = None if column.length is None else min(column.length, 1 << 32)
-        path = str(raw_path(entry, cache))
+        path = str(raw_path(entry, cache, verify=verify))
         names = entry.columns.names
         return (path, entry.samples, entry.raw_bytes, names, sizes, column.index, column.plain, code, length)
 

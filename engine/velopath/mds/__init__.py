@@ -42,6 +42,7 @@ __all__ = [
     "load_index",
     "read_documents",
     "read_shard",
+    "shard_token_column",
     "token_column",
 ]
 
@@ -118,11 +119,16 @@ def read_shard(entry: ShardEntry, *, bytes_dtype: str = "int64") -> Iterator[NDA
         yield from _documents(memoryview(b"".join(inflate(entry))), entry, bytes_dtype)
 
 
-def _documents(raw: memoryview, entry: ShardEntry, bytes_dtype: str) -> Iterator[NDArray[np.integer[Any]]]:
+def shard_token_column(entry: ShardEntry, *, bytes_dtype: str = "int64") -> TokenColumn:
+    """`token_column` of one shard; its `DataError` names the shard."""
     try:
-        column = token_column(entry.columns, bytes_dtype=bytes_dtype)
+        return token_column(entry.columns, bytes_dtype=bytes_dtype)
     except DataError as error:
         raise DataError(error.problem, path=entry.path, field=error.field) from None
+
+
+def _documents(raw: memoryview, entry: ShardEntry, bytes_dtype: str) -> Iterator[NDArray[np.integer[Any]]]:
+    column = shard_token_column(entry, bytes_dtype=bytes_dtype)
     offsets = sample_offsets(raw, entry).tolist()
     for k, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         try:
