@@ -4,10 +4,12 @@
 namespace py = pybind11;
 
 void bind_sampler(py::module_& m);  // bind_sampler.cpp
+void bind_plan(py::module_& m);     // bind_plan.cpp
 void bind_loss(py::module_& m);     // bind_loss.cpp
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "C++ core of velopath: streaming sampler and CPU cross-entropy rows.";
     bind_sampler(m);
+    bind_plan(m);
     bind_loss(m);
 }

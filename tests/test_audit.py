@@ -1,20 +1,24 @@
 """The audit log: a chain of hashes that shows every change."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from sampler_reference import write_domain
 from velopath import open_sampler
-from velopath.audit import FIRST_HASH, AuditLog, verify
-from velopath.errors import DataError
+from velopath.audit import FIRST_HASH, AuditLog, Push, verify, weights_log
+from velopath.errors import ConfigError, DataError
+from velopath.stream_order import Order
+
+ORDER = Order(tokens={"a": 150, "b": 150}, seed=3, global_rows=2, row_tokens=8)
 
 
 @pytest.fixture
 def log(tmp_path):
     path = tmp_path / "audit.jsonl"
     audit = AuditLog(path)
-    audit.append("start", step=0, new={"a": 0.5, "b": 0.5})
+    audit.begin(ORDER, {"a": 0.5, "b": 0.5})
     for i in (1, 2, 3):
         audit.append(
             "push",
@@ -31,24 +35,86 @@ def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def live(path):
+    return [(push.id, push.step) for push in weights_log(path).pushes]
+
+
 def test_records_form_a_chain(log):
     found = verify(log)
-    assert (found.records, found.pushes, found.last_step, found.live) == (4, 3, 30, (1, 2, 3))
+    assert (found.records, found.pushes, found.last_step) == (4, 3, 30)
     chain = records(log)
     assert [r["previous"] for r in chain] == [FIRST_HASH, *(r["hash"] for r in chain[:-1])]
     assert found.last_hash == chain[-1]["hash"]
     assert [r["id"] for r in chain] == [0, 1, 2, 3]
+    known = weights_log(log)
+    assert known.order == ORDER and known.first == {"a": 0.5, "b": 0.5}
+    assert known.pushes[1] == Push(2, 20, {"a": 0.5, "b": 0.5})
 
 
-def test_opening_again_goes_on_with_the_chain(log):
+def test_what_is_in_force_follows_rewinds_and_new_starts(log):
     audit = AuditLog(log)
+    audit.begin(ORDER, {"a": 0.5, "b": 0.5})
+    assert live(log) == []  # begins anew, unless a state is loaded
     audit.rewind(step=15, weights_id=1, weights={"a": 0.25, "b": 0.75})
-    audit.rewind(step=15, weights_id=1, weights={"a": 0.25, "b": 0.75})  # nothing left to undo: no record
-    audit.append("push", step=20, details={"weights_id": 2})
-    audit.append("fork", step=20, details={"parent": "0" * 64})
+    assert live(log) == [(1, 10)]
+    audit.append("push", step=18, new={"a": 1, "b": 0}, details={"weights_id": 2})
+    assert live(log) == [(1, 10), (2, 18)]
+    audit.rewind(step=12, weights_id=2, weights={"a": 0.25, "b": 0.75})  # with a push still to come
+    assert live(log) == [(1, 10), (2, 18)]
     audit.close()
-    assert verify(log).records == 7
-    assert verify(log).live == (1, 2)
+    assert verify(log).records == 8
+
+
+def test_a_branch_forks_from_its_parent(log, tmp_path):
+    path = tmp_path / "branch.jsonl"
+    fork = AuditLog(path, parent=log)
+    fork.begin(ORDER, {"a": 0.5, "b": 0.5})
+    fork.rewind(step=25, weights_id=2, weights={"a": 0.5, "b": 0.5})
+    fork.append("push", step=26, new={"a": 1, "b": 0}, details={"weights_id": 3})
+    first = records(path)[0]
+    assert (first["kind"], first["details"]["parent"]) == ("fork", "audit.jsonl")
+    assert first["details"]["parent_hash"] == verify(log).last_hash
+    with_parent = [(1, 10), (2, 20), (3, 26)]
+    assert live(path) == with_parent
+    parent = AuditLog(log)  # what the parent does later is not the branch's
+    parent.rewind(step=5, weights_id=0, weights={"a": 0.5, "b": 0.5})
+    parent.close()
+    assert live(log) == [] and live(path) == with_parent
+    fork.close()
+    for source in (None, log):  # resumed; cut anew
+        again = AuditLog(path, parent=source)
+        again.begin(ORDER, {"a": 0.5, "b": 0.5})
+        again.close()
+        assert live(path) == []
+    assert records(path)[-1]["details"]["parent_hash"] == verify(log).last_hash
+    log.write_text(log.read_text().splitlines(True)[0])
+    with pytest.raises(DataError, match=r"branch\.jsonl:1 .*audit\.jsonl has no record of the named hash"):
+        weights_log(path)
+
+
+@pytest.mark.parametrize(
+    ("append", "message"),
+    [
+        (lambda a: a.rewind(step=9, weights_id=4, weights={}), "a rewind to weights 4"),
+        (
+            lambda a: a.append("push", step=50, new={}, details={"weights_id": 5}),
+            "weights 5 for step 50 do not",
+        ),
+        (lambda a: a.append("push", step=30, new={}, details={"weights_id": 4}), "do not follow 3"),
+        (lambda a: a.begin(replace(ORDER, seed=4), {}), "another one than above"),
+        (lambda a: a.append("fork", step=0, details={"parent": "../x.jsonl"}), "expected a log beside"),
+        (lambda a: a.append("fork", step=0, details={"parent": "audit.jsonl"}), "expected a log beside"),
+        (lambda a: a.append("start", step=0, details={"seed": 1}), "not an order of rows"),
+    ],
+)
+def test_records_that_do_not_follow_are_named(log, append, message):
+    audit = AuditLog(log)
+    append(audit)
+    audit.close()
+    verify(log)  # the chain is whole
+    with pytest.raises(DataError, match=message) as caught:
+        weights_log(log)
+    assert caught.value.line == 5
 
 
 @pytest.mark.parametrize(
@@ -96,13 +162,25 @@ def test_an_unfinished_last_line_is_dropped_on_opening(log):
     audit = AuditLog(log)
     audit.append("push", step=40, details={"weights_id": 4})
     audit.close()
-    assert verify(log).live == (1, 2, 3, 4)
+    assert live(log) == [(1, 10), (2, 20), (3, 30), (4, 40)]
 
 
 def test_a_broken_chain_is_not_continued(log):
     log.write_text(log.read_text().replace("push 1", "push 0"))
     with pytest.raises(DataError, match="does not fit"):
         AuditLog(log)
+
+
+def test_a_second_writer_is_refused(log):
+    first = AuditLog(log)
+    with pytest.raises(ConfigError, match=r"audit\.jsonl is being written by another sampler"):
+        AuditLog(log)
+    first.close()
+    AuditLog(log).close()
+    del first
+    left_open = AuditLog(log)
+    del left_open  # not closed: collected
+    AuditLog(log).close()
 
 
 def test_a_log_that_cannot_be_opened_is_named(tmp_path):
@@ -139,7 +217,8 @@ def test_the_sampler_records_pushes_and_rewinds(data, tmp_path):
     assert (chain[1]["reason"], chain[1]["digest"], chain[1]["step"]) == ("controller", "d1", 3)
     assert (chain[3]["step"], chain[3]["details"]) == (3, {"weights_id": 0})
     assert chain[4]["new"] == {"a": 0.125, "b": 0.875}
-    assert verify(path).live == (1,)
+    assert live(path) == [(1, 3)]
+    assert weights_log(path).order == sampler.order == Order.from_json(sampler.order.to_json())
 
 
 def test_a_new_process_that_loads_an_older_state_rewinds(data, tmp_path):
@@ -155,9 +234,9 @@ def test_a_new_process_that_loads_an_older_state_rewinds(data, tmp_path):
     with open_audited(data, path) as sampler:  # begins anew without a state
         sampler.push({"a": 1, "b": 9})
     assert [r["kind"] for r in records(path)] == [
-        "start", "push", "push", "start", "rewind", "start", "rewind", "push"
+        "start", "push", "push", "start", "rewind", "start", "push"
     ]  # fmt: skip
-    assert verify(path).live == (1,)
+    assert [push.weights for push in weights_log(path).pushes] == [{"a": 0.1, "b": 0.9}]
 
 
 def test_a_rejected_push_is_not_recorded_and_other_ranks_write_nothing(data, tmp_path):

@@ -60,6 +60,26 @@ class Sampler:
     def count(self, steps: int) -> NDArray[np.int64]: ...
     def load(self, step: int, drawn: Sequence[int], error: Sequence[int], mixes: Sequence[_Mix]) -> None: ...
 
+def plan_rows(
+    keys: Sequence[int],
+    tokens: Sequence[int],
+    shares: Sequence[int],
+    *,
+    seed: int,
+    global_rows: int,
+    row_tokens: int,
+    exhaustion: str,
+    step: int,
+    drawn: Sequence[int],
+    error: Sequence[int],
+    steps: int,
+) -> tuple[NDArray[np.int32], NDArray[np.int64], list[int], list[int]]:
+    """Domains and row ids, (steps, global_rows) each, of `steps` steps from `step` on; then the cursor behind them.
+
+    The plan of `Sampler` without its data: `drawn` and `error` as `Sampler.cursor_at(step)` gives them. Fewer steps
+    where the stream ends.
+    """
+
 def permute(items: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
     """Images of `items` under the bijection on [0, n) that `key` selects."""
 

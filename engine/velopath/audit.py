@@ -5,16 +5,18 @@ record before, so a changed, dropped or inserted line breaks the chain. Kinds:
 
 | kind | written | details |
 | --- | --- | --- |
-| `start` | when a sampler opens the log | seed, shape of the batch, tokens per domain |
+| `start` | when a sampler opens the log: its stream begins anew at `step` | the order of rows, see `Order` |
+| `fork` | instead, when the sampler is to go on from another log's stream: a branch | also `parent`, `parent_hash` |
+| `rewind` | when a state is loaded: the stream goes on at `step` | `weights_id`: later pushes are undone |
 | `push` | before a push takes effect at `step` | `weights_id` |
-| `rewind` | when a state is loaded that does not know recorded pushes | `weights_id`: later ones are undone |
-| `fork` | when a branch begins | `parent`: the hash it branches from |
 
-The format is our choice.
+`parent_hash` is the hash of the last record of the log `parent`, beside this one, when the fork was made. The format
+is our choice.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from velopath.durable import sync_folder
-from velopath.errors import DataError
+from velopath.errors import ConfigError, DataError
+from velopath.stream_order import Order
 
 KINDS = ("start", "push", "rewind", "fork")
 FIRST_HASH = "0" * 64
@@ -34,16 +37,30 @@ _FIELDS = {"id", "kind", "step", "old", "new", "reason", "digest", "details", "p
 
 @dataclass(frozen=True)
 class AuditSummary:
-    """What `verify` found: numbers of records and pushes, step and hash of the last record.
-
-    `live` are the ids of the pushed weights that no rewind has undone, in order.
-    """
+    """What `verify` found: numbers of records and pushes, step and hash of the last record."""
 
     records: int
     pushes: int
     last_step: int
     last_hash: str
-    live: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Push:
+    """Weights that take effect at a step."""
+
+    id: int
+    step: int
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class WeightsLog:
+    """What a log says about the stream in force: its order of rows, first weights, and pushes that no rewind undid."""
+
+    order: Order
+    first: Mapping[str, float]
+    pushes: tuple[Push, ...]
 
 
 def verify(path: str | Path) -> AuditSummary:
@@ -52,6 +69,13 @@ def verify(path: str | Path) -> AuditSummary:
     Raises `DataError` naming the line when it is not a record, its hash does not fit its content, it does not
     follow the record before, or the last line is unfinished.
     """
+    records = read_log(path)
+    last: dict[str, Any] = records[-1] if records else {"step": 0, "hash": FIRST_HASH}
+    return AuditSummary(len(records), sum(r["kind"] == "push" for r in records), last["step"], last["hash"])
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """All records of the log at `path`, checked as `verify` does."""
     path = Path(path)
     content = _read(path)
     if content and not content.endswith(b"\n"):
@@ -63,21 +87,97 @@ def verify(path: str | Path) -> AuditSummary:
     return _check(path, content)
 
 
+def weights_log(path: str | Path) -> WeightsLog:
+    """The stream that is in force at the end of the log at `path`, through its rewinds and the logs it forks from.
+
+    Raises `DataError` naming the line of a broken chain, of a fork whose parent does not have the named record, and of
+    a rewind or push that does not follow what is known.
+    """
+    path = Path(path)
+    return _in_force(path, read_log(path))
+
+
+def _in_force(path: Path, records: list[dict[str, Any]], seen: tuple[Path, ...] = ()) -> WeightsLog:
+    """Follow `records` of the log at `path`; `seen` are the logs that fork from it."""
+    order: Order | None = None
+    first: Mapping[str, float] = {}
+    known: list[Push] = []  # of the last time line, also those that a new start or a rewind may still undo
+    live = 0  # so many of them are in force
+    for line, record in enumerate(records, 1):
+        details, kind = record["details"], record["kind"]
+        if kind in ("start", "fork"):
+            if kind == "fork":
+                known = list(_parent(path, line, details, seen).pushes)
+            try:
+                opened = Order.from_json(details)
+            except DataError as error:
+                raise DataError(error.problem, path=path, line=line, field="details") from error
+            if order is not None and opened != order:
+                raise DataError("the stream is another one than above", path=path, line=line, field="details")
+            order, first, live = opened, record["new"], 0
+            continue
+        id = details["weights_id"]
+        before = known[live - 1] if live else None
+        if kind == "rewind":
+            live = sum(push.id <= id for push in known)
+            if (known[live - 1].id if live else 0) != id:
+                raise DataError(
+                    f"a rewind to weights {id}, which the log does not have", path=path, line=line
+                )
+            continue
+        if id != (before.id if before else 0) + 1 or (before is not None and record["step"] <= before.step):
+            raise DataError(
+                f"weights {id} for step {record['step']} do not follow {before.id if before else 'the start'}",
+                path=path,
+                line=line,
+            )
+        known = [*known[:live], Push(id, record["step"], record["new"])]
+        live += 1
+    if order is None:
+        raise DataError("no start or fork; expected it in the first line", path=path, line=1)
+    return WeightsLog(order, first, tuple(known[:live]))
+
+
+def _parent(path: Path, line: int, details: Mapping[str, Any], seen: tuple[Path, ...]) -> WeightsLog:
+    """The stream that a fork goes on from: its parent's up to the record that the fork names."""
+    name = details.get("parent")
+    if not isinstance(name, str) or Path(name).name != name or path.parent / name in (*seen, path):
+        raise DataError(f"parent is {name!r}; expected a log beside this one", path=path, line=line)
+    records = read_log(path.parent / name)
+    for at, record in enumerate(records, 1):
+        if record["hash"] == details.get("parent_hash"):
+            return _in_force(path.parent / name, records[:at], (*seen, path))
+    raise DataError(
+        f"the log {name} has no record of the named hash", path=path, line=line, field="parent_hash"
+    )
+
+
 class AuditLog:
     """Appends records to the log at `path`, one durable line each; the chain found there is checked first.
 
-    An unfinished last line, left by a killed writer, never took effect and is dropped. Raises `DataError` when
-    the chain is broken or the log cannot be written.
+    An unfinished last line, left by a killed writer, never took effect and is dropped. `parent` is the log, in the
+    same folder, of the stream that this one branches from. Raises `DataError` when a chain is broken or the log
+    cannot be written, `ConfigError` when another sampler has it open.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, parent: str | Path | None = None) -> None:
         self.path = Path(path)
+        self._fork: dict[str, str] | None = None
+        if parent is not None:
+            self._fork = {"parent": Path(parent).name, "parent_hash": verify(parent).last_hash}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             sync_folder(self.path.parent)
         except OSError as error:
             raise DataError(f"cannot open the audit log: {error.strerror}", path=self.path) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ConfigError(
+                f"{self.path} is being written by another sampler; close that one, or give this one a log of its own"
+            ) from None
         content = _read(self.path)
         whole = content[: content.rfind(b"\n") + 1]
         try:
@@ -87,7 +187,12 @@ class AuditLog:
             raise
         if len(whole) < len(content):
             os.ftruncate(self._file, len(whole))
-        self.records, self.last_hash, self._live = found.records, found.last_hash, list(found.live)
+        self.records, self.last_hash = len(found), found[-1]["hash"] if found else FIRST_HASH
+
+    def begin(self, order: Order, weights: Mapping[str, float]) -> None:
+        """Record that a sampler opened the log: a `start`, or a `fork` from the parent."""
+        kind = "start" if self._fork is None else "fork"
+        self.append(kind, step=order.start_step, new=weights, details=order.to_json() | (self._fork or {}))
 
     def append(
         self,
@@ -123,21 +228,22 @@ class AuditLog:
             os.ftruncate(self._file, size)
             raise DataError(f"cannot write the audit log: {error.strerror}", path=self.path) from error
         self.records += 1
-        self.last_hash = record["hash"]
-        _follow(self._live, record)
+        self.last_hash = str(record["hash"])
         return self.last_hash
 
     def rewind(self, *, step: int, weights_id: int, weights: Mapping[str, float]) -> None:
-        """Record that the stream continues at `step` and knows pushes up to `weights_id`, unless the log knows
-        no later ones."""
-        if self._live and self._live[-1] > weights_id:
-            self.append("rewind", step=step, new=weights, details={"weights_id": weights_id})
+        """Record that a state was loaded: the stream continues at `step` and knows pushes up to `weights_id`."""
+        self.append("rewind", step=step, new=weights, details={"weights_id": weights_id})
 
     def close(self) -> None:
         """Close the file; the log can be opened again."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.close()
 
 
 def _read(path: Path) -> bytes:
@@ -155,20 +261,10 @@ def _hash(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical(record)).hexdigest()
 
 
-def _follow(live: list[int], record: Mapping[str, Any]) -> None:
-    """Update the ids of the pushes in force or to come by one record."""
-    if record["kind"] == "push":
-        live.append(record["details"]["weights_id"])
-    elif record["kind"] == "rewind":
-        kept = [i for i in live if i <= record["details"]["weights_id"]]
-        live[:] = kept
-
-
-def _check(path: Path, content: bytes) -> AuditSummary:
-    previous, step, pushes = FIRST_HASH, 0, 0
-    live: list[int] = []
-    lines = content.split(b"\n")[:-1]
-    for number, line in enumerate(lines):
+def _check(path: Path, content: bytes) -> list[dict[str, Any]]:
+    previous = FIRST_HASH
+    records = []
+    for number, line in enumerate(content.split(b"\n")[:-1]):
         record = _record(path, number, line)
         if record["previous"] != previous:
             raise DataError(
@@ -182,10 +278,9 @@ def _check(path: Path, content: bytes) -> AuditSummary:
             raise DataError(
                 f"id is {record['id']!r}; expected {number}", path=path, line=number + 1, field="id"
             )
-        previous, step = record["hash"], record["step"]
-        pushes += record["kind"] == "push"
-        _follow(live, record)
-    return AuditSummary(len(lines), pushes, step, previous, tuple(live))
+        previous = record["hash"]
+        records.append(record)
+    return records
 
 
 def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ FREE = (
     "train.checkpoint_every",
     "train.keep_last",
 )
-"""Settings that change no result; everything else may only be added to (a new slice), never altered."""
+"""Settings that change no result; everything else may only be added to (a new slice), never altered. The rows per rank
+follow the number of ranks, see `split_rows`."""
 
 
 def check_unchanged(recorded: RunConfig, given: RunConfig, where: Path) -> None:
@@ -47,6 +49,29 @@ def check_unchanged(recorded: RunConfig, given: RunConfig, where: Path) -> None:
             + "\n".join(lines)
             + "\nuse the recorded values, or start another run folder"
         )
+
+
+def split_rows(
+    recorded: RunConfig, global_rows: int, before: int, world: int, micro_rows: int | None = None
+) -> RunConfig:
+    """`recorded` on `world` ranks instead of `before`: `train.rows` such that a step still has `global_rows` rows.
+
+    Where that changes the rows, `train.micro_rows` is the one given, or else the largest number that divides both the
+    recorded one and the new rows. Raises `ConfigError` naming both shapes where the rows cannot be divided.
+    """
+    train = recorded.train
+    rows, rest = divmod(global_rows, world)
+    if rest:
+        raise ConfigError(
+            f"the run has {global_rows // before} rows x {before} ranks = {global_rows} rows a step, which {world} "
+            f"ranks cannot share equally; use a number of ranks that divides {global_rows}"
+        )
+    if rows == train.rows:
+        return recorded
+    if micro_rows is None and train.micro_rows is not None:
+        micro_rows = math.gcd(train.micro_rows, rows)
+    split = train.model_copy(update={"rows": rows, "micro_rows": micro_rows})
+    return recorded.model_copy(update={"train": split})
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

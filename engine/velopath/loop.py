@@ -23,7 +23,7 @@ from velopath.checkpoint import prune, save_checkpoint, step_folder
 from velopath.config import RunConfig
 from velopath.dist import Dist
 from velopath.domains import DomainLoss
-from velopath.errors import DataError, NumericalError, StoppedError
+from velopath.errors import DataError, NumericalError, StoppedError, VelopathError
 from velopath.evaluate import HeldOut, evaluate
 from velopath.model import Decoder
 from velopath.session import Session
@@ -194,6 +194,12 @@ class Loop:
             "config_hash": self.config.hash,
         }
         digest = ""
+        differs = self.dist.broadcast_json(session.stream_hash) != session.stream_hash
+        if self.dist.all_reduce_sum(torch.tensor(float(differs), device=self.dist.device)).item():
+            raise VelopathError(
+                f"up to step {session.step} the ranks read by different weights; nothing was saved there. "
+                "Push the same weights on every rank"
+            )
         if self.dist.rank == 0:
             folder = step_folder(checkpoints, session.step)
             digest = save_checkpoint(folder, model=self.decoder, optimizer=self.optimizer, state=state)
@@ -280,6 +286,7 @@ class Meter:
             "tokens_per_second": steps * tokens / seconds,
             "data_wait_share": (session.wait_seconds - self._wait) / seconds,
             "skipped": round(skipped / self._dist.world),
+            "stream": session.stream_hash,
         }
         self._reset()
         return record

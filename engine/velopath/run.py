@@ -21,7 +21,7 @@ import torch
 from velopath import controllers
 from velopath.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from velopath.config import RunConfig, load_config
-from velopath.config_change import check_unchanged
+from velopath.config_change import check_unchanged, split_rows
 from velopath.controllers import Controller
 from velopath.dist import Dist, init_from_env
 from velopath.environment import describe_environment
@@ -82,7 +82,8 @@ class Run:
         folder = RunFolder(path, create=True)
         recorded = folder.path / "config.yaml"
         if recorded.exists():
-            check_unchanged(load_config(recorded), config, recorded)
+            known = _on_ranks(load_config(recorded), folder, dist, config.train.micro_rows)
+            check_unchanged(known, config, recorded)
         return cls(config, folder, dist, command)
 
     @classmethod
@@ -93,7 +94,8 @@ class Run:
         if not recorded.exists():
             raise DataError("not a run folder: it has no config.yaml", path=path)
         config = load_config(recorded)
-        return cls(config, folder, init_from_env(config.train.device), command, mode)
+        dist = init_from_env(config.train.device)
+        return cls(_on_ranks(config, folder, dist), folder, dist, command, mode)
 
     def __enter__(self) -> Run:
         if self.config.train.cpu_threads is not None:
@@ -137,6 +139,7 @@ class Run:
             + (0.0 if state == "running" else spent + self.seconds_before),
             "seed": self.config.seed,
             "world": self.dist.world,
+            "global_rows": before.get("global_rows", self.config.train.rows * self.dist.world),
         }
         self.folder.write_json("run.json", about | describe_environment(self.dist.device))
 
@@ -150,7 +153,7 @@ class Run:
 
     def begin(self, segment: str, step: int, until: int) -> None:
         """A segment starts or goes on at `step`: earlier records of it beyond that step are void."""
-        if step:
+        if step or (self.dist.is_main and self.folder.metrics(segment=segment)):
             self.log({"kind": "resume", "segment": segment, "step": step})
         self._watch({"kind": "begin", "segment": segment, "step": step, "until": until})
 
@@ -261,11 +264,13 @@ class Run:
         """A session on the piece's slice; `state` is a checkpoint's, used if it is of the same slice.
 
         Every segment has an audit log of its own per slice. Row order is keyed by the slice's name, so that adding
-        slices never changes what earlier ones give; the proxy reads the main path's rows.
+        slices never changes what earlier ones give; the proxy reads the main path's rows. The log of a branch begins
+        as a fork of the one of the segment that `state` comes from.
         """
         entry, train = self.config.data.slices[piece.slice], self.config.train
-        audit = self.folder.path / "audit" / f"{segment}.{piece.slice}.jsonl"
-        audit.parent.mkdir(exist_ok=True)
+        known = state if state is not None and state["slice"] == piece.slice else None
+        parent = known["segment"] if known is not None and known["segment"] != segment else None
+        self.folder.audit(segment, piece.slice).parent.mkdir(exist_ok=True)
         with open_sampler(
             entry.root,
             rows=train.rows,
@@ -276,7 +281,8 @@ class Run:
             weights=entry.weights,
             exhaustion=self.config.data.exhaustion,
             cache=self.config.data.cache,
-            audit=audit,
+            audit=self.folder.audit(segment, piece.slice),
+            audit_parent=None if parent is None else self.folder.audit(parent, piece.slice),
             start_step=piece.first,
             threads=train.threads,
             allocate=_pinned if self.dist.device.type == "cuda" else None,
@@ -291,8 +297,8 @@ class Run:
                 record=self.log,
                 segment=segment,
             )
-            if state is not None and state["slice"] == piece.slice:
-                session.load_state_dict(state["session"])
+            if known is not None:
+                session.load_state_dict(known["session"])
             if session.step != piece.start:
                 raise DataError(
                     f"the state of {segment} is at step {session.step}, expected {piece.start} in {piece.slice}",
@@ -341,6 +347,14 @@ class Run:
         for entry in self.config.data.slices.values():
             names |= set(domain_folders(entry.root))
         return tuple(sorted(names))
+
+
+def _on_ranks(recorded: RunConfig, folder: RunFolder, dist: Dist, micro_rows: int | None = None) -> RunConfig:
+    """The recorded configuration with the rows per rank that keep the rows of a step on the present ranks."""
+    about = folder.read_json("run.json") or {}
+    if "global_rows" not in about:  # killed before its first step
+        return recorded
+    return split_rows(recorded, about["global_rows"], about["world"], dist.world, micro_rows)
 
 
 def _pinned(shape: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.int32]]:

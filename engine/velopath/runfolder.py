@@ -7,6 +7,7 @@
 | `data.json` | {slice: its `domains.json`}: tokens, documents, bytes, licence, source per domain |
 | `plan.json` | what was planned, see `velopath.plan` |
 | `targets.json` | the fitted targets, see `velopath.targets` |
+| `audit/` | one log of the weights per segment and slice, see `velopath.audit` |
 | `lineage.jsonl` | one lineage event a line, see `velopath.lineage`; flushed to disk one by one |
 | `metrics.jsonl` | the record of the run, one JSON object a line (below) |
 | `base/` | the run, of the same form, that made the base model, where this run has one of its own |
@@ -21,13 +22,16 @@ which counts the updates done:
 
 | kind | further fields |
 | --- | --- |
-| `step` | `loss` nats, `rate`, `tokens` per step, `tokens_per_second`, `grad_norm`, `data_wait_share` |
+| `step` | `loss` nats, `rate`, `tokens` per step, `tokens_per_second`, `grad_norm`, `data_wait_share`, `stream` |
 | `eval` | `loss` {domain: nats}, `tokens` {domain: held-out tokens}, `slice` |
 | `version` | as `eval`, on the larger sample that a version is judged by: at its branch point and its end |
 | `control` | `weights`, `velocity` or null, `initial`, `target`, `flagged`, `clipped`, `reason` |
 | `exposure` | `domains` {domain: {`rows`, `tokens`, `epochs`, `unique_tokens`}} of the `slice` so far, global |
 | `sampler` | `tokens_per_second` of the sampler alone |
 | `resume` | nothing: the segment went on from its checkpoint at `step`; its earlier records beyond are void |
+
+`stream` is the hash of all (step, domain, row) ids that the segment's slice has given up to `step`, the same whatever
+the number of ranks, see `velopath.stream_order`; `velopath replay` computes it again from the logs in `audit/`.
 """
 
 from __future__ import annotations
@@ -64,6 +68,10 @@ class RunFolder:
                 path=self.path,
             )
         self._metrics: int | None = None
+
+    def audit(self, segment: str, slice: str) -> Path:
+        """Where a segment's log of the weights on one slice lies."""
+        return self.path / "audit" / f"{segment}.{slice}.jsonl"
 
     # -- metrics ---------------------------------------------------------------------------------------------
 

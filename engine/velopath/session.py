@@ -30,9 +30,10 @@ import numpy as np
 
 from velopath.controllers import Controller
 from velopath.domains import DomainLoss, MixtureWeights
-from velopath.errors import ConfigError
+from velopath.errors import ConfigError, VelopathError
 from velopath.schedule import LrPath
 from velopath.stream import Sampler, TokenBatch
+from velopath.stream_order import next_hash
 
 Record = Callable[[dict[str, Any]], None]
 
@@ -70,6 +71,8 @@ class Session:
         """Steps finished, which is the number of the next step."""
         self.wait_seconds = 0.0
         """Time spent in `next_batch` so far: the share of it in a step is the data wait."""
+        self.stream_hash = sampler.order.first_hash()
+        """Hash of the rows that all ranks read up to `step`, see `velopath.stream_order`; a replay gives it again."""
         self._first = sampler.step
         self._reduce = reduce if reduce is not None else lambda sums: sums
         self._record = record if record is not None else lambda _: None
@@ -140,10 +143,26 @@ class Session:
         if self._batch is None:
             raise ConfigError("on_step without a batch; call next_batch first")
         self.step = self._batch.step + 1
+        self._note_rows(self._batch)
         self._batch = None
         if sums is not None:
             wide = _wide(sums)
             self._sums = wide if self._sums is None else self._sums + wide
+
+    def _note_rows(self, batch: TokenBatch) -> None:
+        """Take the step's rows of all ranks into the hash; every rank checks that it read its own part of them."""
+        domains, row_ids = batch.domains, batch.row_ids
+        if self.sampler.world > 1:
+            domains, row_ids = self.sampler.ids(batch.step)
+            own = slice(self.sampler.rank * self.sampler.rows, (self.sampler.rank + 1) * self.sampler.rows)
+            if not (
+                np.array_equal(domains[own], batch.domains) and np.array_equal(row_ids[own], batch.row_ids)
+            ):
+                raise VelopathError(
+                    f"rank {self.sampler.rank} read rows {batch.row_ids.tolist()} at step {batch.step}, its part of "
+                    f"the plan is {row_ids[own].tolist()}; push weights and load states between steps only"
+                )
+        self.stream_hash = next_hash(self.stream_hash, batch.step, domains, row_ids)
 
     def training_loss(self) -> DomainLoss:
         """Loss per domain of the training batches since the last call, over all ranks. Synchronises the device."""
@@ -197,8 +216,9 @@ class Session:
         if self._sums is not None:
             sums = _add(self._reduce(self._sums + 0).tolist(), self._carried)
         return {
-            "version": 1,
+            "version": 2,
             "step": self.step,
+            "stream": self.stream_hash,
             "first": self._first,
             "observed": self._observed,
             "sampler": self.sampler.state_dict(after=None if self._batch is None else self.step - 1),
@@ -210,13 +230,13 @@ class Session:
         """Continue exactly where `state_dict` was taken. A state without controller keeps this one unstarted;
         a session without controller (a branch that holds its weights) ignores the state of one.
         """
-        if state.get("version") != 1:
+        if state.get("version") != 2:
             raise ConfigError(
-                f"session state of version {state.get('version')!r}; this velopath reads version 1"
+                f"session state of version {state.get('version')!r}; this velopath reads version 2"
             )
         self.sampler.load_state_dict(state["sampler"])
         self.step, self._first, self._batch = int(state["step"]), int(state["first"]), None
-        self._sums, self._carried = None, state["sums"]
+        self._sums, self._carried, self.stream_hash = None, state["sums"], str(state["stream"])
         self._observed = state["observed"]
         if self.controller is not None and state["controller"] is not None:
             self._state = self.controller.state_from_json(state["controller"])

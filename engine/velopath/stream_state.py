@@ -8,6 +8,7 @@ from typing import Any
 
 from velopath.domains import DomainTable, MixtureWeights, check_weights
 from velopath.errors import ConfigError
+from velopath.stream_order import Order
 
 _FORMAT = "velopath.sampler"
 _VERSION = 1
@@ -34,6 +35,19 @@ class Identity:
     def global_rows(self) -> int:
         """Rows of a step on all ranks together."""
         return self.rows * self.world
+
+    @property
+    def order(self) -> Order:
+        """The order of rows."""
+        return Order(
+            tokens=dict(zip(self.table.names, self.table.tokens, strict=True)),
+            seed=self.seed,
+            global_rows=self.global_rows,
+            row_tokens=self.row_tokens,
+            exhaustion=self.exhaustion,
+            salt=self.domain_key_salt,
+            start_step=self.start_step,
+        )
 
 
 def write_state(
