@@ -19,8 +19,10 @@ from velopath.errors import ConfigError, DataError
 from velopath.inspection import inspect_data
 from velopath.mds import read_documents
 from velopath.prepare import Prepared, prepare
+from velopath.prepare import job as prepare_job
 from velopath.prepare import tasks as prepare_tasks
-from velopath.prepare.documents import read_texts
+from velopath.prepare.documents import read_contents
+from velopath.prepare.filters import REASONS
 from velopath.tokenizer import load_tokenizer, train_bpe
 
 
@@ -77,7 +79,7 @@ def test_numbers(corpus: dict[str, Path], codec: Path, tmp_path: Path) -> None:
 def test_processes_do_not_change_the_result(
     corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "PART_BYTES", 4000)
+    monkeypatch.setattr(prepare_job, "PART_BYTES", 4000)
     for processes in (1, 2):
         prepare(
             corpus, tmp_path / str(processes), tokenizer="train:300", processes=processes, shard_size=8000
@@ -90,7 +92,7 @@ def test_parts_do_not_change_the_shards(
     corpus: dict[str, Path], codec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for part_bytes in (700, 3000, 1 << 20):
-        monkeypatch.setattr(prepare_module, "PART_BYTES", part_bytes)
+        monkeypatch.setattr(prepare_job, "PART_BYTES", part_bytes)
         prepare(corpus, tmp_path / str(part_bytes), tokenizer=codec, processes=1)
     assert same_tree(tmp_path / "700", tmp_path / "3000")
     assert same_tree(tmp_path / "700", tmp_path / str(1 << 20))
@@ -98,8 +100,9 @@ def test_parts_do_not_change_the_shards(
 
 KILLED = """
 import json, os, signal, sys
-import velopath.prepare as module
-module.PART_BYTES = 2000
+import velopath.prepare.job as job
+from velopath.prepare import prepare
+job.PART_BYTES = 2000
 inputs, out, codec, stop = json.loads(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4])
 calls = 0
 def progress(stage, done, total):
@@ -108,22 +111,22 @@ def progress(stage, done, total):
     if calls == stop:
         os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
-    module.prepare(inputs, out, tokenizer=codec, processes=1, progress=progress)
+    prepare(inputs, out, tokenizer=codec, processes=1, progress=progress)
 """
 
 
 def test_restart_after_kill(
     corpus: dict[str, Path], codec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "PART_BYTES", 2000)
+    monkeypatch.setattr(prepare_job, "PART_BYTES", 2000)
     prepare(corpus, tmp_path / "whole", tokenizer=codec, processes=1)
     encoded: list[Any] = []  # the parts that a run encodes itself
 
     def counting(*given: Any) -> list[str]:
         encoded.append(given)
-        return read_texts(*given)
+        return read_contents(*given)
 
-    monkeypatch.setattr(prepare_tasks, "read_texts", counting)
+    monkeypatch.setattr(prepare_tasks, "read_contents", counting)
     prepare(corpus, tmp_path / "count", tokenizer=codec, processes=1)
     parts = len(encoded)
     for stop, reused in ((2, ()), (parts - 2, ("a",))):
@@ -168,11 +171,10 @@ def test_copies_are_dropped_and_fall_on_one_side(codec: Path, tmp_path: Path) ->
         {"a": tmp_path / "a", "b": tmp_path / "b.jsonl"}, tmp_path / "out", tokenizer=codec, processes=1
     )
     first, second = made.plans
-    assert (first.duplicates, second.duplicates) == (60, 0)
-    assert json.loads((tmp_path / "out/prepare.json").read_text())["left_out"]["a"] == {
-        "duplicates": 60,
-        "empty": 0,
-    }
+    assert (first.dropped["duplicates"], second.dropped["duplicates"]) == (60, 0)
+    dropped = {reason: 60 if reason == "duplicates" else 0 for reason in REASONS}
+    assert json.loads((tmp_path / "out/prepare.json").read_text())["left_out"]["a"] == dropped
+    assert json.loads((tmp_path / "out/domains.json").read_text())["domains"]["a"]["dropped"] == dropped
     for split in ("train", "heldout"):  # the same text falls on the same side, in the same place
         a, b = (list(read_documents(tmp_path / "out" / split / n)) for n in "ab")
         assert [x.tolist() for x in a] == [x.tolist() for x in b]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, eos: str = "<|endoftext|
     if not seen:
         raise DataError("no text to train a tokenizer on")
     return TextTokenizer(trained.to_str(), eos=eos)
+
+
+@contextmanager
+def one_thread(alone: bool = True) -> Iterator[None]:
+    """Within the block, with `alone`, tokenizers work in the calling thread and start none of their own."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    if alone:
+        os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before

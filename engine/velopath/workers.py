@@ -33,10 +33,12 @@ class Workers:
     than one must be guarded by `if __name__ == "__main__":`. Workers end with their parent, even when it is killed.
     """
 
-    def __init__(self, processes: int | None = None) -> None:
+    def __init__(self, processes: int | None = None, *, threads: bool = False) -> None:
+        """`processes` None is one per core. `threads` says that functions may use threads of their own as well."""
         if processes is not None and processes < 1:
             raise ConfigError(f"processes is {processes}; expected 1 or more")
         self.processes = processes or usable_cores()
+        self.threads = threads
         self._pool: ProcessPoolExecutor | None = None
 
     def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[int, Result]]:

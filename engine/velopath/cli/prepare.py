@@ -28,7 +28,7 @@ def prepare(
     input: Annotated[
         Path | None, typer.Option("--input", "-i", help="folder with one sub-folder or file per domain")
     ] = None,
-    field: Annotated[str, typer.Option(help="field of .jsonl lines that holds the text")] = "text",
+    field: Annotated[str, typer.Option(help="field or column that holds the text")] = "text",
     separator: Annotated[
         str | None,
         typer.Option(
@@ -36,6 +36,18 @@ def prepare(
         ),
     ] = None,
     heldout: Annotated[float, typer.Option(help="percent of the documents held out, by hash")] = 5.0,
+    min_chars: Annotated[int, typer.Option(help="drop documents of fewer characters", min=0)] = 0,
+    max_chars: Annotated[int | None, typer.Option(help="drop documents of more characters", min=1)] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CODE", help="keep this language (en, de ...) only; repeat it for several"),
+    ] = None,
+    near_duplicates: Annotated[
+        float | None,
+        typer.Option(
+            metavar="THRESHOLD", help="drop documents this similar (0.1 to 1, Jaccard; 0.8 is common)"
+        ),
+    ] = None,
     licence: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TEXT", help="licence of a domain, kept in domains.json")
     ] = None,
@@ -50,7 +62,7 @@ def prepare(
         str | None, typer.Option(help="uint16 or uint32; default: the narrower that fits")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option("--processes", "-p", min=1, help="default: all cores")
+        int | None, typer.Option("--processes", "-p", min=1, help="each uses one core; default: all cores")
     ] = None,
     shard_size: Annotated[int, typer.Option(help="bytes of a shard before compression")] = 1 << 26,
     compression: Annotated[str, typer.Option(help="zstd:LEVEL (1 to 22), or none")] = "zstd:3",
@@ -61,8 +73,9 @@ def prepare(
 ) -> None:
     r"""Tokenise text of several domains into MDS shards, split into train and held-out documents.
 
-    Text is .txt or .jsonl, also .gz or .zst. Exact copies are dropped; hashes of the texts decide split and order.
-    A killed run goes on where it was.
+    Text is .txt or .jsonl (also .gz or .zst), .parquet, a folder saved by Hugging Face datasets, or an MDS folder
+    (text, or tokens to pass on). Exact copies are dropped; hashes of the texts decide split and order. Parquet,
+    datasets, --language and --near-duplicates need pip install 'velopath[corpora]'. A killed run goes on where it was.
 
     Example: velopath prepare -d code=src.jsonl -d prose=books/ --tokenizer train:2048 --out data/
 
@@ -97,6 +110,10 @@ def prepare(
             processes=processes,
             shard_size=shard_size,
             compression=None if compression == "none" else compression,
+            min_chars=min_chars,
+            max_chars=max_chars,
+            languages=language or (),
+            near_duplicates=near_duplicates,
             licences=_pairs(licence or [], "--licence"),
             sources=_pairs(source or [], "--source"),
             dry_run=dry_run,
@@ -108,7 +125,7 @@ def prepare(
 
 def _inputs(domains: list[str], folder: Path | None) -> dict[str, list[str | Path]]:
     from velopath.errors import ConfigError
-    from velopath.prepare.documents import SUFFIXES
+    from velopath.prepare.sources import SUFFIXES
 
     inputs: dict[str, list[str | Path]] = {}
     if folder is not None:
@@ -160,7 +177,7 @@ def _show(made: Prepared) -> None:
     console = Console()
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("domain", no_wrap=True)
-    for title in ("files", "documents", "held out", "copies", "empty", "bytes", "tokens"):
+    for title in ("files", "documents", "held out", "dropped", "bytes", "tokens"):
         table.add_column(title, justify="right", no_wrap=True)
     for plan in made.plans:
         tokens = (
@@ -169,15 +186,17 @@ def _show(made: Prepared) -> None:
             else f"{made.table['domains'][plan.name]['tokens']:,}"
         )
         counts = (
-            len(plan.sources),
+            plan.files,
             len(plan.train),
             len(plan.heldout),
-            plan.duplicates,
-            plan.empty,
+            sum(plan.dropped.values()),
             plan.bytes,
         )
         table.add_row(plan.name, *(f"{n:,}" for n in counts), tokens)
     console.print(table)
+    for plan in made.plans:
+        if any(plan.dropped.values()):
+            console.print(f"{plan.name}: of the documents dropped, {plan.reasons()}", highlight=False)
     if made.table is None:
         needed, free = made.disk_needed / 1e6, made.disk_free / 1e6
         console.print(

@@ -1,286 +1,234 @@
-"""Text documents: which files a domain has, where each document lies in them, and its text.
+"""Documents: what the pieces of a domain's files hold, where each document lies, and its text.
 
 A .txt file is one document, or several around a separator; a .jsonl file has one document a line, in a chosen
-field. Each may be compressed (.gz, .zst). A document is known by the xxh3-128 of its UTF-8 text.
+field; either may be compressed. Tables have one a row; an MDS folder has texts, or tokens that stay as they are.
+A document is known by the xxh3-128 of its UTF-8 text (of its tokens as u32).
 """
 
 from __future__ import annotations
 
-import codecs
-import glob
-import gzip
-import io
-import json
-import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
-import zstandard
 from numpy.typing import NDArray
 
+from velopath.durable import durable
 from velopath.errors import ConfigError, DataError
+from velopath.mds import Columns, load_index, read_shard
+from velopath.prepare import tables
+from velopath.prepare.filters import Filters
+from velopath.prepare.near_duplicates import PERMUTATIONS, sketcher
+from velopath.prepare.records import text_documents, text_of
+from velopath.prepare.sources import MAX_DOCUMENT_BYTES, Reading, Source
 
-KINDS = (".txt", ".jsonl")
-PACKED = ("", ".gz", ".zst")
-SUFFIXES = tuple(kind + packed for kind in KINDS for packed in PACKED)
-
+Content = str | NDArray[np.uint32]
+"""A document: its text, or its tokens."""
 DOCUMENT = np.dtype(
     [("high", "<u8"), ("low", "<u8"), ("file", "<i4"), ("begin", "<i8"), ("stored", "<i8"), ("bytes", "<i8")]
 )
-"""One document: halves of its xxh3-128, number of its file, place and length of its record there in bytes,
-and the UTF-8 bytes of its text."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How files become documents: the JSONL `field` that holds the text, and the .txt `separator` or None."""
-
-    field: str = "text"
-    separator: str | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """One input file. `plain` is where its inflated bytes lie: the file itself, or a copy of a compressed one."""
-
-    path: Path
-    plain: Path
-
-    @property
-    def is_jsonl(self) -> bool:
-        return self.path.name.removesuffix(self.packed).endswith(".jsonl")
-
-    @property
-    def packed(self) -> str:
-        return self.path.suffix if self.path.suffix in PACKED else ""
+"""One document: halves of its xxh3-128, number of its piece, place and length of its record in bytes (in the file
+or its copy; without either, the number of the document in its piece), and the bytes of its text or tokens."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Documents of some files (an array of `DOCUMENT`), and how many empty ones were left out."""
+    """Documents of some pieces (an array of `DOCUMENT`), and how many were left out, by reason.
+
+    `keys` (n, b) and `sketches` (n, `PERMUTATIONS`) are those of `near_duplicates.Sketcher`, b = 0 and no sketches
+    where they were not asked for; a path is that of an .npy file.
+    """
 
     documents: NDArray[np.void]
-    empty: int
+    dropped: dict[str, int]
+    keys: NDArray[np.uint64]
+    sketches: NDArray[np.uint8] | Path
 
 
-def find_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """Files of the given files, folders (searched whole, hidden names left out) and glob patterns, sorted.
+class _Found(NamedTuple):
+    """A document of a piece: place and stored bytes of its record, line or sample, and content."""
 
-    Raises `ConfigError` when a path does not exist or holds no file of a known kind.
-    """
-    found: set[Path] = set()
-    for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            below = [
-                p for p in path.rglob("*") if not any(x.startswith(".") for x in p.relative_to(path).parts)
-            ]
-            matches = [p for p in below if p.name.endswith(SUFFIXES) and p.is_file()]
-            others = sorted({p.suffix or p.name for p in below if p.is_file()})
-            if not matches:
-                held = f"it holds {', '.join(others[:8])}" if others else "it holds no file"
-                raise ConfigError(f"{path} has none of {', '.join(SUFFIXES)}; {held}")
-        elif path.exists():
-            matches = [path]
-        else:
-            matches = [Path(p) for p in glob.glob(str(given), recursive=True) if Path(p).is_file()]
-            if not matches:
-                raise ConfigError(f"no such file or folder: {given}")
-        for match in matches:
-            if not match.name.endswith(SUFFIXES):
-                raise ConfigError(f"{match} is of no known kind; expected one of {', '.join(SUFFIXES)}")
-            found.add(match)
-    return sorted(found)
+    begin: int
+    stored: int
+    line: int | None
+    sample: int | None
+    content: Content
 
 
-class _ZstdStream(io.RawIOBase):
-    """Inflates zstd frames; unlike the package's own reader it raises `EOFError` where the last is cut short."""
+def scan(source: Source, number: int, reading: Reading, filters: Filters, near: float | None) -> Scan:
+    """Read the piece once: place, hash and size of every document; `number` is kept as its file number.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._inside = False
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            if self._frame.eof:
-                packed = self._frame.unused_data
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-                self._inside = False
-            else:
-                packed = b""
-            packed = packed or self._file.read(1 << 16)
-            if not packed:
-                if self._inside:
-                    raise EOFError("the last zstd frame is cut short")
-                return 0
-            self._inside = True
-            self._ready = memoryview(self._frame.decompress(packed))
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
-@contextmanager
-def open_source(source: Source) -> Iterator[BinaryIO]:
-    """Open the file for reading, inflating .gz and .zst. Raises `DataError` when it is no sound one."""
-    try:
-        with open(source.path, "rb") as file:
-            if source.packed == ".gz":
-                yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
-            elif source.packed == ".zst":
-                yield io.BufferedReader(_ZstdStream(file), 1 << 20)
-            else:
-                yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise DataError(f"not a sound compressed file: {error}", path=source.path) from error
-
-
-def scan(source: Source, number: int, reading: Reading, *, copy: bool) -> Scan:
-    """Read the file once: place, hash and size of every document; `number` is kept as its file number.
-
-    With `copy`, the inflated bytes of a compressed file are written to `source.plain` on the way. Raises
-    `DataError` (file and line) on an empty file, bad UTF-8, bad JSON, a missing field, or text that is none.
+    Documents that have no place to seek to are copied to `source.plain` where that is set. `near` is the
+    similarity threshold of near-duplicates or None. Raises `DataError` (file and line or sample) on an empty
+    file, bad UTF-8, bad JSON, a missing field, text that is none, and a document over `MAX_DOCUMENT_BYTES`.
     """
     blocks: list[NDArray[np.void]] = []
     rows: list[tuple[int, int, int, int, int, int]] = []
-    empty = 0
+    dropped: Counter[str] = Counter()
+    maker = sketcher(near) if near is not None else None
+    made = []
     with ExitStack() as stack:
-        spool = stack.enter_context(open(source.plain, "wb")) if copy and source.packed else None
-        stream = stack.enter_context(open_source(source))
-        for begin, line, record in _records(stream, source, reading, spool):
-            text = text_of(record, source, reading, line)
-            if not text.strip():
-                empty += 1
+        spool = stack.enter_context(durable(source.plain)) if source.plain is not None else None
+        spooled = 0
+        for found in _documents(source, reading):
+            content, begin, stored = found.content, found.begin, found.stored
+            reason = _reason(content, filters)
+            if reason is not None:
+                dropped[reason] += 1
                 continue
-            content = encode_text(text, source, line)
-            digest = xxhash.xxh3_128_intdigest(content)
-            rows.append((digest >> 64, digest & (1 << 64) - 1, number, begin, len(record), len(content)))
+            raw = _content_bytes(content, source, found)
+            if spool is not None:
+                spool.write(raw)
+                begin, stored, spooled = spooled, len(raw), spooled + len(raw)
+            digest = xxhash.xxh3_128_intdigest(raw)
+            rows.append((digest >> 64, digest & (1 << 64) - 1, number, begin, stored, len(raw)))
+            if maker is not None:
+                made.append(
+                    maker.sketch(content if isinstance(content, str) else " ".join(map(str, content)))
+                )
             if len(rows) == 1 << 16:
                 blocks.append(np.array(rows, dtype=DOCUMENT))
                 rows.clear()
-    return Scan(np.concatenate([*blocks, np.array(rows, dtype=DOCUMENT)]), empty)
+    documents = np.concatenate([*blocks, np.array(rows, dtype=DOCUMENT)])
+    if maker is None:
+        none = np.zeros((len(documents), 0))
+        return Scan(documents, dict(dropped), none.astype(np.uint64), none.astype(np.uint8))
+    keys = np.array([k for k, _ in made], dtype=np.uint64).reshape(len(made), maker.bands)
+    sketches = np.array([s for _, s in made], dtype=np.uint8).reshape(len(made), PERMUTATIONS)
+    return Scan(documents, dict(dropped), keys, sketches)
 
 
-def read_texts(sources: Sequence[Source], documents: NDArray[np.void], reading: Reading) -> list[str]:
-    """Texts of the documents, in their order; their file numbers index `sources`.
+def _reason(content: Content, filters: Filters) -> str | None:
+    if isinstance(content, str):
+        return filters.reason(content)
+    return None if content.size else "empty"
+
+
+def _content_bytes(content: Content, source: Source, found: _Found) -> bytes:
+    """UTF-8 of a text, or tokens as u32. JSON can spell half a surrogate pair, which has none: `DataError`."""
+    try:
+        raw = content.encode("utf-8") if isinstance(content, str) else content.astype("<u4").tobytes()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        problem = f"the text holds half a surrogate pair (\\u{half:04x}), which is no character"
+        raise DataError(problem, path=source.path, line=found.line, sample=found.sample) from error
+    if len(raw) > MAX_DOCUMENT_BYTES:
+        problem = (
+            f"a document of {len(raw):,} bytes; expected at most {MAX_DOCUMENT_BYTES:,}: cut it, a .txt file by "
+            "a separator"
+        )
+        raise DataError(problem, path=source.path, line=found.line, sample=found.sample)
+    return raw
+
+
+def _documents(source: Source, reading: Reading) -> Iterator[_Found]:
+    """Yield the documents of a piece. `begin` is a byte offset where the source is read in place, else a number."""
+    if source.form in ("txt", "jsonl"):
+        if source.form == "txt" and reading.separator is None and source.size > MAX_DOCUMENT_BYTES:
+            problem = f"one document of {source.size:,} bytes; cut it into documents by a separator"
+            raise DataError(problem, path=source.path)
+        for order, (begin, line, record, text) in enumerate(text_documents(source, reading)):
+            yield _Found(begin if source.in_place else order, len(record), line, None, text)
+    elif source.form in ("parquet", "arrow"):
+        texts = tables.parquet_texts if source.form == "parquet" else tables.arrow_texts
+        for order, (row, text) in enumerate(texts(source.path, reading.field, source.first, source.last)):
+            yield _Found(order, 0, None, row, text)
+    else:
+        yield from _mds_documents(source, reading)
+
+
+def _mds_documents(source: Source, reading: Reading) -> Iterator[_Found]:
+    (entry,) = load_index(source.path.parent).shards[source.first : source.last]
+    if source.holds_tokens:
+        for order, tokens in enumerate(read_shard(entry)):
+            if tokens.size and int(tokens.max()) > np.iinfo(np.uint32).max:
+                problem = f"token id {tokens.max()} is larger than 32 bits hold"
+                raise DataError(problem, path=entry.path, sample=order)
+            yield _Found(order, 0, None, order, tokens.astype(np.uint32))
+        return
+    # The reader of tokens gives the bytes of the text column when that is named as one of u8 tokens.
+    place = entry.columns.names.index(reading.field)
+    names = tuple("tokens" if k == place else f"other {k}" for k in range(len(entry.columns.names)))
+    kinds = tuple("bytes" if k == place else e for k, e in enumerate(entry.columns.encodings))
+    bytewise = entry.__class__(**{**vars(entry), "columns": Columns(names, kinds, entry.columns.sizes)})
+    for order, raw in enumerate(read_shard(bytewise, bytes_dtype="uint8")):
+        try:
+            yield _Found(order, 0, None, order, raw.tobytes().decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8: {error.reason}", path=entry.path, sample=order) from error
+
+
+def read_contents(sources: Sequence[Source], documents: NDArray[np.void], reading: Reading) -> list[Content]:
+    """Contents of the documents, in their order; their file numbers index `sources`.
 
     Raises `DataError` when a file is no longer what was scanned.
     """
-    texts = [""] * len(documents)
+    contents: list[Content] = [""] * len(documents)
     for number in np.unique(documents["file"]):
         source = sources[int(number)]
         places = np.flatnonzero(documents["file"] == number)
-        at = 0
-        with open_source(source) if source.plain == source.path else open(source.plain, "rb") as stream:
-            for k in places[np.argsort(documents["begin"][places])]:
+        ordered = places[np.argsort(documents["begin"][places])]
+        file = source.path if source.in_place else source.plain
+        found = _pick(source, documents[ordered], reading) if file is None else None
+        with ExitStack() as stack:
+            stream = stack.enter_context(open(file, "rb")) if file is not None else None
+            for k in ordered:
                 row = documents[k]
-                if (
-                    source.plain == source.path and source.packed
-                ):  # only forward, as nothing was inflated to a file
-                    while skip := min(int(row["begin"]) - at, 1 << 20):
-                        at += len(stream.read(skip)) or skip
-                    at += int(row["stored"])
-                else:
+                content: Content | None
+                if stream is not None:
                     stream.seek(int(row["begin"]))
-                record = stream.read(int(row["stored"]))
-                try:
-                    text = text_of(record, source, reading, None)
-                    same = xxhash.xxh3_128_intdigest(text.encode()) == int(row["high"]) << 64 | int(
-                        row["low"]
-                    )
-                except (DataError, UnicodeEncodeError):
-                    text, same = "", False
-                if not same:
-                    problem = (
-                        f"the document at byte {row['begin']} changed since it was scanned; run prepare again"
-                    )
+                    content = _decoded(stream.read(int(row["stored"])), source, reading)
+                else:
+                    assert found is not None
+                    content = next(found, None)
+                if content is None or _digest(content) != int(row["high"]) << 64 | int(row["low"]):
+                    where = f"at byte {row['begin']}" if source.in_place else f"number {row['begin']}"
+                    problem = f"the document {where} changed since it was scanned; run prepare again"
                     raise DataError(problem, path=source.path)
-                texts[k] = text
-    return texts
+                contents[k] = content
+    return contents
 
 
-def _records(
-    stream: BinaryIO, source: Source, reading: Reading, spool: BinaryIO | None
-) -> Iterator[tuple[int, int, bytes]]:
-    """Yield (first byte, first line, bytes) of each record of an inflated file."""
-    begin = 0
-    if source.is_jsonl:
-        for line, content in enumerate(stream, 1):
-            if spool is not None:
-                spool.write(content)
-            mark = len(codecs.BOM_UTF8) if line == 1 and content.startswith(codecs.BOM_UTF8) else 0
-            if content.strip():
-                yield begin + mark, line, content[mark:]
-            begin += len(content)
-        if not begin:
-            raise DataError("the file is empty; delete it or fill it", path=source.path)
-        return
-    content = stream.read()
-    if spool is not None:
-        spool.write(content)
-    if not content:
-        raise DataError("the file is empty; delete it or fill it", path=source.path)
-    if content.startswith(codecs.BOM_UTF8):
-        begin = len(codecs.BOM_UTF8)
-    if reading.separator is None:
-        yield begin, 1, content[begin:]
-        return
-    mark_bytes = reading.separator.encode()
-    line = 1
-    for piece in content[begin:].split(mark_bytes):
-        yield begin, line, piece
-        begin += len(piece) + len(mark_bytes)
-        line += piece.count(b"\n") + mark_bytes.count(b"\n")
+def _pick(source: Source, documents: NDArray[np.void], reading: Reading) -> Iterator[Content]:
+    """Contents of the documents of one piece, in the order of their numbers there, from a second reading of it."""
+    wanted = iter(documents["begin"].tolist())
+    following = next(wanted, None)
+    for found in _documents(source, reading):
+        if following is None:
+            return
+        if found.begin == following:
+            yield found.content
+            following = next(wanted, None)
 
 
-def text_of(record: bytes, source: Source, reading: Reading, line: int | None) -> str:
-    """Text of one record. Raises `DataError` naming file and line."""
+def _decoded(raw: bytes, source: Source, reading: Reading) -> Content | None:
     try:
-        text = record.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = (line or 1) + record.count(b"\n", 0, error.start)
-        problem = f"not UTF-8: byte 0x{record[error.start]:02x} ({error.reason}); convert the file to UTF-8"
-        raise DataError(problem, path=source.path, line=at) from error
-    if not source.is_jsonl:
-        return text
-    try:
-        value: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not valid JSON: {error}", path=source.path, line=line) from error
-    if not isinstance(value, dict):
-        problem = (
-            f"the line holds a {type(value).__name__}; expected an object with a field {reading.field!r}"
-        )
-        raise DataError(problem, path=source.path, line=line)
-    if reading.field not in value:
-        fields = ", ".join(sorted(value)[:12]) or "none"
-        raise DataError(
-            f"no such field; the fields there are: {fields}", path=source.path, line=line, field=reading.field
-        )
-    found = value[reading.field]
-    if not isinstance(found, str):
-        problem = f"the value is of type {type(found).__name__}; expected text"
-        raise DataError(problem, path=source.path, line=line, field=reading.field)
-    return found
+        if source.in_place:
+            return text_of(raw, source, reading, None)
+        return np.frombuffer(raw, "<u4").astype(np.uint32) if source.holds_tokens else raw.decode("utf-8")
+    except (DataError, UnicodeDecodeError, ValueError):
+        return None
 
 
-def encode_text(text: str, source: Source, line: int) -> bytes:
-    """UTF-8 of a text. JSON can spell half a surrogate pair, which has none: `DataError`."""
+def _digest(content: Content) -> int:
     try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        problem = (
-            f"the text holds half a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character"
+        raw = content.encode() if isinstance(content, str) else content.astype("<u4").tobytes()
+    except UnicodeEncodeError:
+        return -1
+    return int(xxhash.xxh3_128_intdigest(raw))
+
+
+def check_forms(name: str, sources: Sequence[Source], filters: Filters) -> None:
+    """Raise `ConfigError` where a domain mixes text and tokens, or where tokens should be filtered as text."""
+    tokens: list[Path] = [s.path for s in sources if s.holds_tokens]
+    if tokens and len(tokens) < len(sources):
+        raise ConfigError(f"domain {name!r} mixes text with tokens ({tokens[0]}); make two domains of it")
+    if tokens and filters.needs_text:
+        raise ConfigError(
+            f"domain {name!r} holds tokens ({tokens[0]}); length and language filters need text"
         )
-        raise DataError(problem, path=source.path, line=line) from error

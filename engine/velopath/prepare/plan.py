@@ -1,6 +1,7 @@
 """The plan of `prepare`: which documents each domain has, in which split and order.
 
-Documents are known by the hash of their text. Exact copies within a domain are dropped; hash % 10,000 decides
+Documents are known by the hash of their text. Exact copies within a domain are dropped, near-duplicates where that
+is asked for (the one of the smallest hash stays); hash % 10,000 decides
 the split, so the same text falls on the same side in every domain; the hash is also the order, which is thus
 shuffled and independent of file names and of the number of processes. Our choice throughout.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +20,11 @@ from numpy.typing import NDArray
 
 from velopath.errors import ConfigError, DataError
 from velopath.mds.write import compression_level
-from velopath.prepare.documents import DOCUMENT, Reading, Scan, Source, find_files, read_texts
-from velopath.prepare.tasks import ScanTask, scan_files
+from velopath.prepare.documents import DOCUMENT, Scan, check_forms, read_contents
+from velopath.prepare.filters import REASONS, WORDS, Filters
+from velopath.prepare.near_duplicates import near_copies, sketcher
+from velopath.prepare.sources import Reading, Source, cut_file, find_files
+from velopath.prepare.tasks import ScanTask, scan_pieces
 from velopath.tokenizer import TextTokenizer
 from velopath.workers import Workers
 
@@ -27,9 +32,10 @@ Progress = Callable[[str, int, int], None]
 """Called with the stage ("scan", "train" or "encode") and the bytes of text done and in all."""
 Inputs = Mapping[str, str | Path | Sequence[str | Path]]
 
+PIECE_BYTES = 32 << 20
+"""Bytes of a piece of a file: what a worker scans at a time."""
 _SPLIT_PARTS = 10_000
 _SAMPLE_BYTES = 1 << 18
-_SCAN_BYTES = 32 << 20
 _DOMAIN_NAME = re.compile(r"\w[\w.+-]*\Z")
 
 
@@ -43,6 +49,8 @@ class Settings:
     dtype: str | None
     shard_bytes: int
     compression: str | None
+    filters: Filters = Filters()
+    near_duplicates: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.heldout_percent < 100:
@@ -56,26 +64,43 @@ class Settings:
         if self.dtype not in (None, "uint16", "uint32"):
             raise ConfigError(f"dtype is {self.dtype!r}; expected uint16 or uint32")
         compression_level(self.compression)
+        if self.near_duplicates is not None:
+            sketcher(self.near_duplicates)
 
 
 @dataclass(frozen=True)
 class DomainPlan:
     """What a domain holds: its files, and the documents of both splits in their final order.
 
-    `duplicates` and `empty` count documents left out. `tokens` estimates the train tokens from a sample.
+    `sources` are pieces of the files. `dropped` counts documents left out by reason, one for each of
+    `filters.REASONS`. `tokens` estimates the train tokens from a sample.
     """
 
     name: str
     sources: tuple[Source, ...]
     train: NDArray[np.void]
     heldout: NDArray[np.void]
-    duplicates: int
-    empty: int
+    dropped: Mapping[str, int]
     tokens: int = 0
 
     @property
+    def files(self) -> int:
+        """Input files (an MDS folder counts one)."""
+        return len({source.path for source in self.sources})
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether its documents are tokens that stay as they are."""
+        return self.sources[0].holds_tokens
+
+    def reasons(self) -> str:
+        """What was left out, in words."""
+        words = [f"{n:,} are {WORDS[reason]}" for reason, n in self.dropped.items() if n]
+        return ", ".join(words) or "nothing was left out"
+
+    @property
     def bytes(self) -> int:
-        """UTF-8 bytes of the text of the train documents."""
+        """UTF-8 bytes of the text of the train documents (4 a token where they are tokens)."""
         return int(self.train["bytes"].sum())
 
     @property
@@ -108,26 +133,50 @@ def check_names(inputs: Inputs, notes: Mapping[str, Mapping[str, str]]) -> None:
                 )
 
 
-def plan_domains(
-    inputs: Inputs, settings: Settings, plain: Path | None, workers: Workers, progress: Progress
-) -> tuple[DomainPlan, ...]:
-    """Scan all files and plan every domain, in name order.
+def find_sources(inputs: Inputs, settings: Settings) -> list[tuple[Source, ...]]:
+    """The pieces of every domain's files, domains in name order. Raises as `find_files` and `cut_file`."""
+    listed = []
+    for name in sorted(inputs):
+        given = inputs[name]
+        try:
+            paths = find_files([given] if isinstance(given, (str, Path)) else given)
+            pieces = [s for path in paths for s in cut_file(path, settings.reading, PIECE_BYTES)]
+            check_forms(name, pieces, settings.filters)
+        except ConfigError as error:
+            raise ConfigError(f"domain {name!r}: {error}") from error
+        listed.append(tuple(pieces))
+    return listed
 
-    Compressed files are inflated into `plain`, or only read where it is None. Raises as `documents.scan`, and
-    `DataError` when a split of a domain has no document.
+
+def plan_domains(
+    names: Sequence[str],
+    sources: Sequence[tuple[Source, ...]],
+    settings: Settings,
+    work: Path | None,
+    workers: Workers,
+    progress: Progress,
+) -> tuple[DomainPlan, ...]:
+    """Scan all pieces and plan every domain, in the order of `names`.
+
+    Copies of documents and finished scans are kept below `work`; where it is None, nothing is written. Raises as
+    `documents.scan`, and `DataError` when a split of a domain has no document.
     """
-    names = sorted(inputs)
-    sources = [_sources(name, inputs[name], plain) for name in names]
-    scans: list[list[Scan]] = [[] for _ in names]
-    tasks = list(_scan_tasks(sources, settings.reading, copy=plain is not None))
-    done, total = 0, sum(t.stored_bytes for t in tasks)
-    for number, found in workers.run(scan_files, tasks):
-        scans[tasks[number].domain] += found
-        done += tasks[number].stored_bytes
+    if work is not None:
+        sources = [tuple(_with_copy(s, settings, work / "plain") for s in listed) for listed in sources]
+        for folder in ("plain", "scans"):
+            (work / folder).mkdir(exist_ok=True)
+    scans: list[dict[int, Scan]] = [{} for _ in names]
+    tasks = list(_scan_tasks(sources, settings, work / "scans" if work is not None else None))
+    done, total = 0, sum(task.bytes for task in tasks)
+    for number, found in workers.run(scan_pieces, tasks):
+        scans[tasks[number].domain][number] = found
+        done += tasks[number].bytes
         progress("scan", done, total)
-    return tuple(
-        _plan(n, s, f, settings.heldout_percent) for n, s, f in zip(names, sources, scans, strict=True)
-    )
+    plans = []
+    for domain, name in enumerate(names):  # one after the other, so that scans can be freed
+        held, scans[domain] = scans[domain], {}
+        plans.append(_plan(name, sources[domain], [held.pop(k) for k in sorted(held)], settings))
+    return tuple(plans)
 
 
 def estimate_tokens(
@@ -137,8 +186,11 @@ def estimate_tokens(
     counted = []
     for plan in plans:
         taken = plan.train[: _reach(plan.train, _SAMPLE_BYTES)]
-        ids = sum(len(e) for e in codec.encode(_texts(plan, taken, reading)))
-        per_byte = ids / max(1, int(taken["bytes"].sum()))
+        if plan.holds_tokens:
+            per_byte = 1 / 4
+        else:
+            ids = sum(len(e) for e in codec.encode(_texts(plan, taken, reading)))
+            per_byte = ids / max(1, int(taken["bytes"].sum()))
         ends = len(plan.train) if codec.eos is not None else 0
         counted.append(replace(plan, tokens=round(plan.bytes * per_byte) + ends))
     return tuple(counted)
@@ -169,7 +221,8 @@ def _hashes(documents: NDArray[np.void]) -> bytes:
 
 
 def _texts(plan: DomainPlan, documents: NDArray[np.void], reading: Reading) -> list[str]:
-    return read_texts(plan.sources, documents, reading)
+    contents = read_contents(plan.sources, documents, reading)
+    return [content for content in contents if isinstance(content, str)]
 
 
 def _reach(documents: NDArray[np.void], limit_bytes: int) -> int:
@@ -177,55 +230,84 @@ def _reach(documents: NDArray[np.void], limit_bytes: int) -> int:
     return max(1, int(np.searchsorted(np.cumsum(documents["bytes"]), limit_bytes, side="right")))
 
 
-def _sources(name: str, given: str | Path | Sequence[str | Path], plain: Path | None) -> tuple[Source, ...]:
-    try:
-        paths = find_files([given] if isinstance(given, (str, Path)) else given)
-    except ConfigError as error:
-        raise ConfigError(f"domain {name!r}: {error}") from error
-    sources = []
-    for number, path in enumerate(paths):
-        source = Source(path.absolute(), path.absolute())
-        if source.packed and plain is not None:
-            source = replace(source, plain=plain / name / f"{number}.plain")
-            source.plain.parent.mkdir(parents=True, exist_ok=True)
-        sources.append(source)
-    return tuple(sources)
+def _with_copy(source: Source, settings: Settings, folder: Path) -> Source:
+    """The source with the place of the copy of its documents, where it needs one."""
+    if source.in_place:
+        return source
+    known = f"{source.key()} {settings.reading} {settings.filters}"
+    return replace(source, plain=folder / hashlib.sha256(known.encode()).hexdigest())
 
 
-def _scan_tasks(sources: Sequence[tuple[Source, ...]], reading: Reading, *, copy: bool) -> Iterator[ScanTask]:
-    """Group the files of each domain so that a task has about 32 MB or 512 files."""
+def _scan_tasks(
+    sources: Sequence[tuple[Source, ...]], settings: Settings, results: Path | None
+) -> Iterator[ScanTask]:
+    """Group the pieces of each domain so that a task has about `PIECE_BYTES` or 512 pieces."""
     for domain, listed in enumerate(sources):
-        numbers: list[int] = []
-        size = 0
-        for number, source in enumerate(listed):
-            numbers.append(number)
-            size += source.path.stat().st_size
-            if size >= _SCAN_BYTES or len(numbers) == 512 or number == len(listed) - 1:
-                taken = tuple(listed[n] for n in numbers)
-                yield ScanTask(domain, tuple(numbers), taken, reading, copy, size)
-                numbers, size = [], 0
+        first, size = 0, 0
+        for end, source in enumerate(listed, 1):
+            size += source.size
+            if size >= PIECE_BYTES or end - first == 512 or end == len(listed):
+                taken = listed[first:end]
+                yield ScanTask(
+                    domain,
+                    first,
+                    taken,
+                    settings.reading,
+                    settings.filters,
+                    settings.near_duplicates,
+                    results,
+                )
+                first, size = end, 0
 
 
-def _plan(name: str, sources: tuple[Source, ...], scans: Sequence[Scan], percent: float) -> DomainPlan:
+def _plan(name: str, sources: tuple[Source, ...], scans: list[Scan], settings: Settings) -> DomainPlan:
+    dropped: Counter[str] = Counter()
+    for one in scans:
+        dropped.update(one.dropped)
     found = np.concatenate([np.zeros(0, DOCUMENT), *(s.documents for s in scans)])
     # Copies of a text stand together, the one that comes first in the files first.
-    ordered = found[np.lexsort((found["begin"], found["file"], found["low"], found["high"]))]
-    fresh = np.ones(len(ordered), dtype=bool)
-    fresh[1:] = (ordered["high"][1:] != ordered["high"][:-1]) | (ordered["low"][1:] != ordered["low"][:-1])
-    kept = ordered[fresh]
-    held = kept["low"] % _SPLIT_PARTS < round(percent * _SPLIT_PARTS / 100)
-    plan = DomainPlan(
-        name, sources, kept[~held], kept[held], len(found) - len(kept), sum(s.empty for s in scans)
-    )
-    _check_splits(plan, len(kept), percent)
+    order = np.lexsort((found["begin"], found["file"], found["low"], found["high"]))
+    fresh = np.ones(len(order), dtype=bool)
+    for half in ("high", "low"):
+        values = found[half][order]
+        fresh[1:] = values[1:] != values[:-1] if half == "high" else fresh[1:] | (values[1:] != values[:-1])
+    order = order[fresh]
+    dropped["duplicates"] = len(found) - len(order)
+    if settings.near_duplicates is not None:
+        near = _near_copies(scans, order, settings.near_duplicates)
+        dropped["near_duplicates"] = int(near.sum())
+        order = order[~near]
+    scans.clear()
+    held = found["low"][order] % _SPLIT_PARTS < round(settings.heldout_percent * _SPLIT_PARTS / 100)
+    reasons = {reason: dropped[reason] for reason in REASONS}
+    plan = DomainPlan(name, sources, found[order[~held]], found[order[held]], reasons)
+    _check_splits(plan, len(order), settings.heldout_percent)
     return plan
+
+
+def _near_copies(scans: Sequence[Scan], order: NDArray[np.int64], threshold: float) -> NDArray[np.bool_]:
+    """`near_copies` of the documents in `order`, which indexes those of all scans."""
+    ends = np.cumsum([len(s.documents) for s in scans])
+    stored = [
+        np.load(s.sketches, mmap_mode="r", allow_pickle=False) if isinstance(s.sketches, Path) else s.sketches
+        for s in scans
+    ]
+
+    def sketches(places: list[int]) -> NDArray[np.uint8]:
+        rows = []
+        for k in order[places].tolist():
+            scan = int(np.searchsorted(ends, k, side="right"))
+            rows.append(stored[scan][k - ends[scan]])  # counted from the scan's end: below 0
+        return np.array(rows, dtype=np.uint8)
+
+    return near_copies(np.concatenate([s.keys for s in scans])[order], sketches, threshold)
 
 
 def _check_splits(plan: DomainPlan, kept: int, percent: float) -> None:
     more = "give it more documents, cut its .txt files by a separator, or change the held-out share"
     if not kept:
         raise DataError(
-            f"domain {plan.name!r} has no document: {plan.empty} are empty", path=plan.sources[0].path.parent
+            f"domain {plan.name!r} has no document: {plan.reasons()}", path=plan.sources[0].path.parent
         )
     if not len(plan.train):
         raise DataError(
