@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from velopath.durable import durable
 from velopath.errors import ConfigError, DataError
 from velopath.mds import Columns, load_index, read_shard
-from velopath.prepare import tables
 from velopath.prepare.filters import Filters
 from velopath.prepare.near_duplicates import PERMUTATIONS, sketcher
 from velopath.prepare.records import text_documents, text_of
 from velopath.prepare.sources import MAX_DOCUMENT_BYTES, Reading, Source
+from velopath.prepare.tables import arrow_texts, parquet_texts
 
 Content = str | NDArray[np.uint32]
 """A document: its text, or its tokens."""
@@ -135,7 +135,7 @@ def _documents(source: Source, reading: Reading) -> Iterator[_Found]:
         for order, (begin, line, record, text) in enumerate(text_documents(source, reading)):
             yield _Found(begin if source.in_place else order, len(record), line, None, text)
     elif source.form in ("parquet", "arrow"):
-        texts = tables.parquet_texts if source.form == "parquet" else tables.arrow_texts
+        texts = parquet_texts if source.form == "parquet" else arrow_texts
         for order, (row, text) in enumerate(texts(source.path, reading.field, source.first, source.last)):
             yield _Found(order, 0, None, row, text)
     else:

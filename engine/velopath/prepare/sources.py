@@ -16,7 +16,7 @@ from pathlib import Path
 
 from velopath.errors import ConfigError, DataError
 from velopath.mds import load_index, token_column
-from velopath.prepare import tables
+from velopath.prepare.tables import arrow_cuts, parquet_cuts
 
 TEXT_KINDS = (".txt", ".jsonl")
 PACKED = ("", ".gz", ".zst")
@@ -140,9 +140,9 @@ def cut_file(path: Path, reading: Reading, piece_bytes: int) -> list[Source]:
         return _cut_mds(path, reading)
     size = path.stat().st_size
     if path.suffix == ".parquet":
-        return [Source(path, "parquet", *c) for c in tables.parquet_cuts(path, reading.field, piece_bytes)]
+        return [Source(path, "parquet", *c) for c in parquet_cuts(path, reading.field, piece_bytes)]
     if path.suffix == ".arrow":
-        return [Source(path, "arrow", *c) for c in tables.arrow_cuts(path, reading.field, piece_bytes)]
+        return [Source(path, "arrow", *c) for c in arrow_cuts(path, reading.field, piece_bytes)]
     packed = path.suffix if path.suffix in PACKED else ""
     form = "jsonl" if path.name.removesuffix(packed).endswith(".jsonl") else "txt"
     if packed or size <= piece_bytes or (form == "txt" and reading.separator is None):
