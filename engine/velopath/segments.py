@@ -11,6 +11,7 @@ from velopath.lineage import Version
 from velopath.loop import Loop
 from velopath.run import MAIN, Piece, Run
 from velopath.runlineage import origin_cost, read_lineage, record_cost, record_main, record_version
+from velopath.schedule import LrPath
 from velopath.session import Session
 
 
@@ -58,10 +59,12 @@ def cut_version(
 
     Defaults: the plan's branch of that name; `steps` to the end of the slice that `at` lies in; the config's
     `shape`. The branch copies the main path's sampler, optimiser and (for `in_branch=live`) controller; the main
-    path keeps its own. A version that is recorded already is returned as it is.
+    path keeps its own. A version that is recorded already is returned as it is; `ConfigError` where it, or a branch
+    of that name that was begun, left elsewhere, is of another length or decays otherwise.
     """
     known = {v.name: v for v in read_lineage(run.folder).versions}
     if name in known:
+        _check_recorded(known[name], at, steps, shape)
         run.note(name, "is cut already")
         return known[name]
     piece = _branch_piece(run, name, at, steps)
@@ -82,6 +85,11 @@ def cut_version(
     loop, checkpoint = run.loop_at(run.checkpoints(name), start)
     assert checkpoint is not None
     state = checkpoint.state
+    if state["segment"] == name and (begun := LrPath.from_json(state["path"])) != path:
+        raise ConfigError(
+            f"branch {name!r} was begun on another path: {begun.describe()}; asked for is {path.describe()}. "
+            "Finish it as it was begun, or choose another name"
+        )
     step = int(state["step"])
     live = run.config.control.in_branch == "live"
     run.begin(name, step, piece.end)
@@ -128,6 +136,19 @@ def cut_version(
     was = sum(before["loss"].values()) / len(before["loss"])
     run.note(name, f"cut: mean held-out loss {was:.3f} -> {mean:.3f} nats")
     return version
+
+
+def _check_recorded(version: Version, at: int | None, steps: int | None, shape: str | None) -> None:
+    decay = version.path.segments[-1].shape if version.path is not None else shape
+    for what, given, found in (
+        ("it left the main path at step {}", at, version.branch_step),
+        ("it has {} steps", steps, version.steps),
+        ("it decays by {}", shape, decay),
+    ):
+        if given is not None and given != found:
+            raise ConfigError(
+                f"version {version.name!r} exists: {what.format(found)}, not {given}; choose another name"
+            )
 
 
 def _note_main(run: Run, slice_name: str, step: int, digest: str) -> None:
