@@ -77,11 +77,14 @@ class Run:
 
     @classmethod
     def open(cls, config: RunConfig, path: Path, command: str) -> Run:
-        """A new run in `path`, or the one that is there if its configuration is the same (else `ConfigError`)."""
+        """A new run in `path`, or the one that is there if its configuration is the same (else `ConfigError`).
+
+        Until the first step is recorded there is nothing to continue, and any configuration is taken.
+        """
         dist = init_from_env(config.train.device)
         folder = RunFolder(path, create=True)
         recorded = folder.path / "config.yaml"
-        if recorded.exists():
+        if recorded.exists() and any(r.get("kind") == "step" for r in folder.records()):
             known = _on_ranks(load_config(recorded), folder, dist, config.train.micro_rows)
             check_unchanged(known, config, recorded)
         return cls(config, folder, dist, command)
@@ -100,20 +103,26 @@ class Run:
     def __enter__(self) -> Run:
         if self.config.train.cpu_threads is not None:
             torch.set_num_threads(self.config.train.cpu_threads)
-        self._stack.callback(self.folder.close)
-        self._stack.callback(self.dist.close)
-        if self.dist.is_main and self.mode != "read":
-            self._stack.enter_context(self.folder.lock())
-        if self.dist.is_main and self.mode == "train":
-            self.folder.write_text("config.yaml", self.config.to_yaml())
-            self.folder.write_json("plan.json", self.plan.to_json())
-            tables = {
-                n: RunFolder(e.root).read_json("domains.json") for n, e in self.config.data.slices.items()
-            }
-            self.folder.write_json("data.json", tables)
-            self._write_about("running")
-        self._stack.enter_context(self.stop.installed())
+        with ExitStack() as stack:  # undone where the start fails, kept where it succeeds
+            stack.callback(self.folder.close)
+            stack.callback(self.dist.close)
+            if self.dist.is_main and self.mode != "read":
+                stack.enter_context(self.folder.lock())
+            if self.dist.is_main and self.mode == "train":
+                self._write_start()
+            stack.enter_context(self.stop.installed())
+            self._stack = stack.pop_all()
         return self
+
+    def _write_start(self) -> None:
+        tables = {}
+        for name, entry in self.config.data.slices.items():
+            domain_folders(entry.root)  # refuses a folder without data
+            tables[name] = RunFolder(entry.root).read_json("domains.json")
+        self.folder.write_text("config.yaml", self.config.to_yaml())
+        self.folder.write_json("plan.json", self.plan.to_json())
+        self.folder.write_json("data.json", tables)
+        self._write_about("running")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -139,7 +148,7 @@ class Run:
             + (0.0 if state == "running" else spent + self.seconds_before),
             "seed": self.config.seed,
             "world": self.dist.world,
-            "global_rows": before.get("global_rows", self.config.train.rows * self.dist.world),
+            "global_rows": self.config.train.rows * self.dist.world,
         }
         self.folder.write_json("run.json", about | describe_environment(self.dist.device))
 
@@ -204,16 +213,18 @@ class Run:
         vocabulary = self.prepared.get("tokenizer", {}).get("vocab_size")
         if choice.hf is not None:
             shape, decoder = load_hf(choice.hf, device=device)
-            if vocabulary is not None and vocabulary > shape.vocab_size:
-                raise ConfigError(
-                    f"the data's tokenizer has {vocabulary} entries, the model {choice.hf} only {shape.vocab_size}; "
-                    "prepare the data with the model's own tokenizer"
-                )
-            return decoder
-        changes = dict(choice.overrides)
-        if vocabulary is not None:
-            changes.setdefault("vocab_size", vocabulary)
-        return Decoder(preset(choice.preset, **changes), seed=self.config.seed, device=device)
+        else:
+            changes = dict(choice.overrides)
+            if vocabulary is not None:
+                changes.setdefault("vocab_size", vocabulary)
+            shape = preset(choice.preset, **changes)
+            decoder = Decoder(shape, seed=self.config.seed, device=device)
+        if vocabulary is not None and vocabulary > shape.vocab_size:
+            raise ConfigError(
+                f"the data's tokenizer has {vocabulary} entries, the model {choice.hf or choice.preset} only "
+                f"{shape.vocab_size}; prepare the data with the model's own tokenizer, or make the model's larger"
+            )
+        return decoder
 
     def new_optimizer(self, decoder: Decoder) -> torch.optim.Optimizer:
         train = self.config.train
