@@ -15,7 +15,7 @@ from velopath.errors import ConfigError, DataError
 from velopath.lineage import Cost
 from velopath.plots import plot_targets
 from velopath.run import Piece, Run
-from velopath.runlineage import record_cost
+from velopath.runlineage import read_lineage, record_cost
 from velopath.targets import Targets
 
 SEGMENT = "proxy"
@@ -48,8 +48,11 @@ def find_targets(run: Run, force: bool = False) -> Targets:
     if found is not None and not force:
         run.note(SEGMENT, "targets.json is there already; --force fits it anew")
         return Targets.from_json(found)
+    what = SEGMENT
     if force and run.dist.is_main:
         shutil.rmtree(run.checkpoints(SEGMENT), ignore_errors=True)
+        before = sum(known.startswith(SEGMENT) for known, _ in read_lineage(run.folder).spent)
+        what = f"{SEGMENT} {before + 1}" if before else SEGMENT  # each trunk was paid for
     run.dist.barrier()
     targets = train_proxy(run)
     if run.dist.is_main:
@@ -58,7 +61,7 @@ def find_targets(run: Run, force: bool = False) -> Targets:
             tokens=targets.proxy_tokens,
             evaluation_tokens=targets.evaluation_tokens,
         )
-        record_cost(run.folder, SEGMENT, cost)
+        record_cost(run.folder, what, cost)
         run.folder.write_json("targets.json", targets.to_json())
         plot_targets(targets, run.folder.path / "targets.png")
     run.dist.barrier()
