@@ -213,6 +213,9 @@ def test_commands(app: typer.Typer, tmp_path: Path) -> None:
     assert "MIT" in shown
     assert "c: documents by length in tokens" in shown
     assert "█" in shown
+    assert "commonest: " in shown
+    assert "a and c share 280 documents, 100 % of the smaller one" in " ".join(shown.split())
+    assert "a and c use nearly the same tokens (0.000 bits apart)" in " ".join(shown.split())
     found = json.loads(run(app, "inspect", tmp_path / "data", "--json", "-d", "a").stdout)
     assert [d["name"] for d in found["domains"]] == ["a"]
     assert load_tokenizer(tmp_path / "data").vocab_size == 300

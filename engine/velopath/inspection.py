@@ -1,4 +1,5 @@
-"""Inspection of prepared data: what each domain holds, how long its documents are, and whether all of it is sound."""
+"""Inspection of prepared data: what each domain holds, how long its documents are, how far domains lie apart, and
+whether all of it is sound."""
 
 from __future__ import annotations
 
@@ -13,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from velopath.errors import ConfigError, DataError
+from velopath.inspection_separation import Separation, TokenUse, document_hashes, separate, token_use
 from velopath.mds import MdsFolder, ShardEntry, load_index, read_documents, read_shard
 from velopath.tokenizer import TextTokenizer, load_tokenizer
 from velopath.workers import Workers
 
 MEASURED_SHARDS = 8
 """Shards of a domain whose document lengths are read where not all of them are."""
+COUNTED_IDS = 1 << 20
+"""Token ids are counted where all are below this: larger vocabularies are not in use, larger ids are damage."""
 _ALONE_BYTES = 1 << 25  # below this, starting processes takes longer than reading
 
 
@@ -40,7 +44,8 @@ class Lengths:
 class DomainReport:
     """One domain. `tokens` are train tokens as the sampler counts them, an end-of-text token per document included.
 
-    `share` is its part of all train tokens. None stands for what the folder does not say.
+    `share` is its part of all train tokens; `lengths` and `token_use` are of the shards that were read. None stands
+    for what the folder does not say.
     """
 
     name: str
@@ -53,12 +58,16 @@ class DomainReport:
     licence: str | None
     source: str | None
     lengths: Lengths
+    token_use: TokenUse | None = None
     samples: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Result of `inspect_data`: the domains in name order; `problems` is None where they were not looked for."""
+    """Result of `inspect_data`: the domains in name order; `problems` is None where they were not looked for.
+
+    `separation` is None where fewer than two domains were read; `commonest` are texts of the ids in `token_use`.
+    """
 
     folder: Path
     dtype: str
@@ -66,6 +75,8 @@ class Inspection:
     eos: int | None
     domains: tuple[DomainReport, ...]
     problems: tuple[str, ...] | None = None
+    separation: Separation | None = None
+    commonest: Mapping[int, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
@@ -91,7 +102,8 @@ def inspect_data(
 ) -> Inspection:
     """Describe a prepared folder, a folder of MDS folders, or one MDS folder.
 
-    Lengths are those of all documents with `verify`, else of the first `MEASURED_SHARDS` shards of a domain.
+    Lengths, token counts and the separation of domains are those of all train documents with `verify`, else of the
+    first `MEASURED_SHARDS` shards of a domain.
     `samples` documents of each domain are decoded (the first ones; prepare shuffles). `verify` reads every
     sample of both splits: hashes, bounds, token ids below the vocabulary's size, counts of domains.json and
     the tokenizer's hash; what is wrong is listed in `problems`. `progress` gets shards done and in all.
@@ -106,37 +118,47 @@ def inspect_data(
     chosen = [d for d in domains if domain in (None, d.name)]
     vocab_size = table["tokenizer"]["vocab_size"] if table else None
     tasks = list(_shard_tasks(chosen, vocab_size, everything=verify))
-    measured: dict[int, NDArray[np.int64] | str] = {}
+    measured: dict[int, _Measured | str] = {}
     worth_workers = sum(task.entry.raw_bytes for task in tasks) > _ALONE_BYTES
     with Workers(processes if worth_workers else 1) as workers:
         for number, found in workers.run(_measure, tasks):
             measured[number] = found
             if progress is not None:
                 progress(len(measured), len(tasks))
-    found_problems = [measured[n] for n in range(len(tasks)) if isinstance(measured[n], str)]
-    problems = [str(p) for p in found_problems]
+    problems = [m for n in range(len(tasks)) if isinstance(m := measured[n], str)]
     if problems and not verify:
         raise DataError(f"{problems[0]} (velopath inspect --verify lists everything)")
     codec = _codec(folder, table, problems if verify else None) if table else None
     total = sum(d.stated.get("tokens", 0) for d in domains)
+    read: dict[str, list[_Measured]] = {}
     reports = []
     for place in chosen:
-        lengths = {
+        found_here = {
             s: [measured[n] for n, t in enumerate(tasks) if (t.domain, t.split) == (place.name, s)]
             for s in _SPLITS
         }
-        if verify and not any(isinstance(x, str) for x in [*lengths["train"], *lengths["heldout"]]):
+        if verify and not any(isinstance(x, str) for x in [*found_here["train"], *found_here["heldout"]]):
+            lengths = {s: [m.lengths for m in x if isinstance(m, _Measured)] for s, x in found_here.items()}
             problems += _compare_counts(place, lengths, table)
+        read[place.name] = [x for x in found_here["train"] if isinstance(x, _Measured)]
         shown = tuple(_sample_texts(place, samples, codec)) if samples and not problems else ()
-        reports.append(
-            _report(place, [x for x in lengths["train"] if not isinstance(x, str)], total, table, shown)
-        )
+        reports.append(_report(place, read[place.name], total, table, shown))
     dtype = table["dtype"] if table else domains[0].train.columns.encodings[0]
     eos = table["eos"] if table else None
-    return Inspection(folder, dtype, vocab_size, eos, tuple(reports), tuple(problems) if verify else None)
+    return Inspection(
+        folder,
+        dtype,
+        vocab_size,
+        eos,
+        tuple(reports),
+        tuple(problems) if verify else None,
+        _separation(read),
+        _commonest(reports, codec),
+    )
 
 
 _SPLITS = ("train", "heldout")
+_COUNTED_TOGETHER = 256
 
 
 @dataclass(frozen=True)
@@ -147,9 +169,34 @@ class _ShardTask:
     vocab_size: int | None
 
 
-def _measure(task: _ShardTask) -> NDArray[np.int64] | str:
-    """Lengths of the shard's documents, or what is wrong with it."""
-    lengths = []
+@dataclass(frozen=True)
+class _Measured:
+    """Of the documents of a shard: lengths, hashes, and counts of the token ids (None: ids too large to count)."""
+
+    lengths: NDArray[np.int64]
+    hashes: NDArray[np.uint64]
+    counts: NDArray[np.int64] | None
+
+
+def _measure(task: _ShardTask) -> _Measured | str:
+    """What the shard holds, or what is wrong with it."""
+    lengths: list[int] = []
+    hashes: list[NDArray[np.uint64]] = []
+    counts: NDArray[np.int64] | None = np.zeros(0, np.int64)
+    waiting: list[NDArray[np.integer[Any]]] = []
+
+    def count() -> None:
+        nonlocal counts
+        hashes.append(document_hashes(waiting))
+        together = np.concatenate([np.zeros(0, np.int64), *waiting]).astype(np.int64)
+        if counts is None or (together.size and int(together.max()) >= COUNTED_IDS):
+            counts = None
+        else:
+            new = np.bincount(together, minlength=len(counts))
+            new[: len(counts)] += counts
+            counts = new
+        waiting.clear()
+
     try:
         for number, tokens in enumerate(read_shard(task.entry)):
             if task.vocab_size is not None and tokens.size and int(tokens.max()) >= task.vocab_size:
@@ -158,9 +205,39 @@ def _measure(task: _ShardTask) -> NDArray[np.int64] | str:
                 )
                 raise DataError(problem, path=task.entry.path, sample=number)
             lengths.append(tokens.size)
+            waiting.append(tokens)
+            if len(waiting) == _COUNTED_TOGETHER:
+                count()
     except DataError as error:
         return str(error)
-    return np.array(lengths, dtype=np.int64)
+    count()
+    return _Measured(np.array(lengths, dtype=np.int64), np.concatenate(hashes), counts)
+
+
+def _counts(shards: Sequence[_Measured]) -> NDArray[np.int64] | None:
+    """Counts of the token ids of all shards; None where those of one are."""
+    each = [shard.counts for shard in shards if shard.counts is not None]
+    if len(each) < len(shards):
+        return None
+    total = np.zeros(max((len(c) for c in each), default=0), np.int64)
+    for counts in each:
+        total[: len(counts)] += counts
+    return total
+
+
+def _separation(read: Mapping[str, list[_Measured]]) -> Separation | None:
+    counts = {name: found for name, shards in read.items() if (found := _counts(shards)) is not None}
+    if len(counts) < 2:
+        return None
+    width = max(map(len, counts.values()))
+    padded = {name: np.pad(c, (0, width - len(c))) for name, c in counts.items()}
+    none = [np.zeros(0, np.uint64)]
+    return separate(padded, {n: np.concatenate([*none, *(m.hashes for m in read[n])]) for n in counts})
+
+
+def _commonest(reports: Sequence[DomainReport], codec: TextTokenizer | None) -> dict[int, str]:
+    ids = {i for r in reports if r.token_use is not None for i, _ in r.token_use.commonest}
+    return {i: codec.decode([i]) for i in sorted(ids)} if codec is not None else {}
 
 
 def _shard_tasks(domains: Sequence[_Domain], vocab_size: int | None, *, everything: bool) -> list[_ShardTask]:
@@ -243,9 +320,14 @@ def _compare_counts(
 
 
 def _report(
-    place: _Domain, measured: list[Any], total: int, table: dict[str, Any] | None, samples: tuple[str, ...]
+    place: _Domain,
+    measured: list[_Measured],
+    total: int,
+    table: dict[str, Any] | None,
+    samples: tuple[str, ...],
 ) -> DomainReport:
-    lengths = np.concatenate([np.zeros(0, np.int64), *measured])
+    lengths = np.concatenate([np.zeros(0, np.int64), *(m.lengths for m in measured)])
+    counts = _counts(measured)
     tokens = place.stated.get("tokens")
     ends = place.train.samples if table and table["eos"] is not None else 0
     inner = (tokens or 0) - ends
@@ -254,12 +336,13 @@ def _report(
         documents=place.train.samples,
         tokens=tokens,
         share=tokens / total if tokens is not None and total else None,
-        bytes_per_token=place.stated["bytes"] / inner if inner > 0 else None,
+        bytes_per_token=place.stated["bytes"] / inner if inner > 0 and place.stated["bytes"] else None,
         heldout_documents=place.stated.get("heldout_documents"),
         heldout_tokens=place.stated.get("heldout_tokens"),
         licence=place.stated.get("licence"),
         source=place.stated.get("source"),
         lengths=_lengths(lengths, len(measured), len(place.train.shards)),
+        token_use=token_use(counts) if counts is not None else None,
         samples=samples,
     )
 

@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from velopath.inspection import DomainReport, Inspection
+    from velopath.inspection_separation import Separation
 
 _BAR_CELLS = 32
+_MOST_COLUMNS = 10
+_CLOSEST_SHOWN = 20
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -29,20 +32,24 @@ def inspect(
     processes: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the tables")] = False,
 ) -> None:
-    """Show domains, document lengths and sample documents of prepared data; check all of it with --verify.
+    """Show domains, document lengths, tokens, how far domains lie apart, and sample documents; check all with --verify.
+
+    Domains that are too much alike make velocities meaningless; the table of divergences and the sentence below it
+    say whether yours are.
 
     Example: velopath inspect data/ --samples 2 --domain verse
 
     Example: velopath inspect data/ --verify (exit code 3 where something is wrong)
     """
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from velopath.errors import DataError
     from velopath.inspection import inspect_data
 
-    with Progress(console=Console(stderr=True), transient=True, disable=as_json) as bars:
-        bar = bars.add_task("reading shards", total=None)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=as_json) as bars:
+        bar = bars.add_task("checking shards" if verify else "reading shards", total=None)
         found = inspect_data(
             data,
             domain=domain,
@@ -93,6 +100,10 @@ def _show(console: Console, found: Inspection, characters: int) -> None:
     for report in found.domains:
         _show_lengths(console, report)
     for report in found.domains:
+        _show_tokens(console, report, found)
+    if found.separation is not None:
+        _show_separation(console, found.separation, [report.name for report in found.domains])
+    for report in found.domains:
         for number, text in enumerate(report.samples):
             cut = text[:characters] + (" ..." if len(text) > characters else "")
             console.rule(f"{report.name}, document {number}, {len(text):,} characters", align="left")
@@ -119,6 +130,62 @@ def _show_lengths(console: Console, report: DomainReport) -> None:
     first = next(i for i, count in enumerate(lengths.histogram) if count)
     for power, count in list(enumerate(lengths.histogram))[first:]:
         console.print(f"{2**power:>10,} {bar(count / most)} {count:,}", highlight=False)
+
+
+def _show_tokens(console: Console, report: DomainReport, found: Inspection) -> None:
+    """Bars of the tokens by the frequency rank of their id, and the commonest ones."""
+    use = report.token_use
+    if use is None or not use.tokens:
+        return
+    of = f" of {found.vocab_size:,}" if found.vocab_size is not None else ""
+    console.print(
+        f"\n{report.name}: {use.used:,}{of} ids in use, {use.entropy:.2f} bits a token; tokens by their id's rank",
+        highlight=False,
+    )
+    for power, share in enumerate(use.by_rank):
+        first = 1 if power == 0 else 10**power + 1
+        last = min(10 ** (power + 1), use.used)
+        console.print(f"{f'{first:,}-{last:,}':>14} {bar(share)} {100 * share:.1f}%", highlight=False)
+    shown = [f"{found.commonest.get(i, str(i))!r} {100 * share:.1f}%" for i, share in use.commonest]
+    console.print("commonest: " + ", ".join(shown), highlight=False, markup=False)
+
+
+def _show_separation(console: Console, separation: Separation, names: list[str]) -> None:
+    """Divergences as a table in shades, or the closest pairs where there are many domains; and what they mean."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(
+        "\nhow far domains lie apart: divergence of their tokens in bits, 0 the same, 1 none in common"
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    if len(names) > _MOST_COLUMNS:
+        for title in ("closest pairs", "", "bits", "shared documents"):
+            table.add_column(title, no_wrap=True)
+        for pair in sorted(separation.pairs, key=lambda p: p.divergence)[:_CLOSEST_SHOWN]:
+            table.add_row(pair.first, pair.second, f"{pair.divergence:.3f}", f"{pair.shared:,}")
+    else:
+        table.add_column("", no_wrap=True)
+        for name in names[1:]:
+            table.add_column(name, justify="right", no_wrap=True)
+        bits = {(p.first, p.second): p.divergence for p in separation.pairs}
+        for k, first in enumerate(names[:-1]):
+            cells = [bits.get((first, second)) if second in names[k + 1 :] else None for second in names[1:]]
+            table.add_row(
+                first, *(Text("") if c is None else Text(f"{c:.2f}", style=_shade(c)) for c in cells)
+            )
+    console.print(table)
+    for sentence in separation.advice:
+        console.print(sentence, highlight=False, markup=False)
+    console.print()
+
+
+def _shade(bits: float) -> str:
+    """Red for domains that are too close, yellow for close ones, green from there on."""
+    from velopath.inspection_separation import ALIKE_BITS, CLOSE_BITS
+
+    return "bold red" if bits < ALIKE_BITS else "yellow" if bits < CLOSE_BITS else "green"
 
 
 def bar(share: float) -> str:
