@@ -76,12 +76,13 @@ def load_index(folder: str | Path, *, files: bool = True) -> MdsFolder:
     """
     folder = Path(folder)
     path = folder / "index.json"
+    if not path.is_file():
+        problem = "not a file" if os.path.lexists(path) else "no such file"
+        raise DataError(f"{problem}; expected a folder of MDS shards with an index.json", path=path)
     try:
         index = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(
-            "no such file; expected a folder of MDS shards with an index.json", path=path
-        ) from None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", path=path) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"not valid JSON: {error}", path=path) from error
     if not isinstance(index, dict) or index.get("version") != 2 or isinstance(index["version"], bool):
@@ -243,7 +244,9 @@ class _IndexReader:
         if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
             raise self.wrong(where, name, expected)
         parts = PurePosixPath(name).parts
-        if name.startswith("/") or not parts or any(p in ("..", ".") or ":" in p for p in name.split("/")):
+        leaves = name.startswith("/") or any(p in ("..", ".") or ":" in p for p in name.split("/"))
+        long = len(name) > 1024 or any(len(p.encode(errors="replace")) > 255 for p in parts)
+        if leaves or long or not parts or not name.isprintable():
             raise self.wrong(where, name, expected)
         place = self.path.parent
         for part in parts:
