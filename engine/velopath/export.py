@@ -10,6 +10,7 @@ from velopath.domains import DomainLoss
 from velopath.errors import ConfigError
 from velopath.evaluate import evaluate
 from velopath.hf import load_hf, save_hf
+from velopath.lineage import Cost
 from velopath.model import Decoder
 from velopath.model_card import model_card
 from velopath.run import MAIN, Run
@@ -20,9 +21,11 @@ def export_version(run: Run, name: str, out: Path | None = None) -> Path:
     """Write version `name` (or "main@STEP") as a Hugging Face Llama folder; returns it.
 
     Weights as safetensors in fp32, config, tokenizer, a model card and `velopath.json`. Default place
-    RUN/exports/NAME, which is replaced if it is there.
+    RUN/exports/NAME. An earlier export there is replaced, any other content refused (`ConfigError`).
     """
     folder = out if out is not None else run.folder.path / "exports" / name.replace("@", "-")
+    if folder.exists() and not (folder / ORIGIN).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not an export (no {ORIGIN}); choose another folder")
     checkpoint = load_checkpoint(checkpoint_folder(run, name))
     decoder = run.new_model()
     checkpoint.restore(decoder)
@@ -51,7 +54,7 @@ def evaluate_model(run: Run, model: str, tokens: int | None = None) -> DomainLos
     On the run's held-out set; `tokens` per domain, default the config's `evaluate.tokens`.
     """
     decoder: Decoder
-    if Path(model).is_dir():
+    if model not in checkpoint_folders(run) and Path(model).is_dir():
         _, decoder = load_hf(model, device=run.dist.device)
     else:
         decoder = run.new_model()
@@ -69,24 +72,30 @@ def evaluate_model(run: Run, model: str, tokens: int | None = None) -> DomainLos
 
 def checkpoint_folder(run: Run, name: str) -> Path:
     """The checkpoint behind a version's name or "main@STEP". Raises `ConfigError` naming what there is."""
-    versions = {v.name: v for v in read_lineage(run.folder).versions}
-    if name in versions:
-        version = versions[name]
-        return step_folder(run.checkpoints(name), version.branch_step + version.steps)
-    kept = sorted(int(f.name.removeprefix("step-")) for f in run.checkpoints(MAIN).glob("step-*"))
-    segment, _, step = name.partition("@")
-    if segment == MAIN and step.isdigit() and int(step) in kept:
-        return step_folder(run.checkpoints(MAIN), int(step))
-    known = [*versions, *(f"{MAIN}@{k}" for k in kept)]
-    raise ConfigError(f"no model {name!r} in {run.folder.path}; there are {', '.join(known) or 'none yet'}")
+    known = checkpoint_folders(run)
+    if name not in known:
+        raise ConfigError(
+            f"no model {name!r} in {run.folder.path}; there are {', '.join(known) or 'none yet'}"
+        )
+    return known[name]
+
+
+def checkpoint_folders(run: Run) -> dict[str, Path]:
+    """Name -> checkpoint of every version and of every kept main checkpoint ("main@STEP")."""
+    versions = read_lineage(run.folder).versions
+    found = {v.name: step_folder(run.checkpoints(v.name), v.branch_step + v.steps) for v in versions}
+    main = {f"{MAIN}@{step}": step_folder(run.checkpoints(MAIN), step) for step in run.kept_main_steps()}
+    return found | main
 
 
 def _origin(run: Run, name: str, state: dict[str, Any]) -> dict[str, Any]:
+    """What made the model; steps and tokens count from random weights where the whole history is ours."""
     train = run.config.train
+    base = sum((cost for what, cost in read_lineage(run.folder).spent if what == "base"), Cost())
     return {
         "title": run.config.title,
         "model": name,
-        "steps": state["step"],
-        "tokens": state["step"] * train.rows * run.dist.world * train.row_tokens,
+        "steps": base.base_steps + state["step"],
+        "tokens": base.tokens + state["step"] * train.rows * run.dist.world * train.row_tokens,
         "config_hash": run.config.hash,
     }

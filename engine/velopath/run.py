@@ -180,6 +180,11 @@ class Run:
         """The folder of a segment's checkpoints."""
         return self.folder.path / "checkpoints" / segment
 
+    def kept_main_steps(self) -> list[int]:
+        """The steps at which the main path has a checkpoint, in order."""
+        steps = (folder.name.removeprefix("step-") for folder in self.checkpoints(MAIN).glob("step-*"))
+        return sorted(int(step) for step in steps if step.isdigit())  # a killed save leaves `step-N.replaced`
+
     def main_path(self) -> LrPath:
         """The learning-rate path of the main path."""
         return LrPath.main(self.config.path.peak, self.config.path.warmup_steps)

@@ -70,10 +70,10 @@ def cut_version(
     piece = _branch_piece(run, name, at, steps)
     start = step_folder(run.checkpoints(MAIN), piece.start)
     if not start.is_dir():
-        kept = sorted(int(f.name.removeprefix("step-")) for f in run.checkpoints(MAIN).glob("step-*"))
+        kept = ", ".join(map(str, run.kept_main_steps())) or "none"
         raise ConfigError(
-            f"no main checkpoint at step {piece.start} to branch {name!r} from; kept are "
-            f"{', '.join(map(str, kept)) or 'none'}: choose one with --at, or train the main path to that step"
+            f"no main checkpoint at step {piece.start} to branch {name!r} from; kept are {kept}: choose one with --at, "
+            "or train the main path to that step"
         )
     path = run.main_path().branch(
         at_step=piece.start,
