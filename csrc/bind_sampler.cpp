@@ -5,6 +5,8 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -45,16 +47,17 @@ void translate(std::exception_ptr pending) {
     }
 }
 
-// A buffer and the array that owns its memory. Used with the GIL held only.
+// A buffer and the arrays that own its memory. Used with the GIL held only.
 struct OwnedBuffer : Buffer {
-    py::object owner;
+    std::vector<py::object> owners;
 };
 
 // Buffers that are neither in the ring nor with the user. Shared with every array handed out, so that those outlive the
 // sampler. Used with the GIL held only, which is also its lock.
 class Pool : public std::enable_shared_from_this<Pool> {
 public:
-    Pool(py::object allocate, py::ssize_t rows, py::ssize_t width) : allocate_(std::move(allocate)), rows_(rows), width_(width) {}
+    Pool(py::object allocate, py::ssize_t rows, py::ssize_t width, bool boundaries)
+        : allocate_(std::move(allocate)), rows_(rows), width_(width), boundaries_(boundaries) {}
 
     OwnedBuffer* take() {
         if (!free_.empty()) {
@@ -62,6 +65,35 @@ public:
             free_.pop_back();
             return buffer;
         }
+        auto made = std::make_unique<OwnedBuffer>();
+        for (std::int32_t** part : {&made->tokens, &made->documents, &made->positions}) {
+            if (part != &made->tokens && !boundaries_) continue;
+            made->owners.push_back(allocated());
+            *part = static_cast<std::int32_t*>(py::array(made->owners.back()).mutable_data());
+        }
+        all_.push_back(std::move(made));
+        return all_.back().get();
+    }
+
+    void give(OwnedBuffer* buffer) { free_.push_back(buffer); }
+
+    // The buffer as arrays: tokens, documents and positions, those None where they are not asked for. When they and all
+    // their views are gone the buffer comes back.
+    std::array<py::object, 3> hand_out(OwnedBuffer* buffer) {
+        auto* loan = new Loan{shared_from_this(), buffer};
+        const py::capsule base(loan, [](void* p) {
+            const std::unique_ptr<Loan> done(static_cast<Loan*>(p));
+            done->pool->give(done->buffer);
+        });
+        const auto array = [&](std::int32_t* data) -> py::object {
+            if (data == nullptr) return py::none();
+            return py::array_t<std::int32_t>({rows_, width_}, data, base);
+        };
+        return {array(buffer->tokens), array(buffer->documents), array(buffer->positions)};
+    }
+
+private:
+    py::object allocated() {
         py::object array = allocate_(py::make_tuple(rows_, width_));
         const bool fits = py::isinstance<py::array>(array) && py::array(array).dtype().is(py::dtype::of<std::int32_t>()) &&
                           py::array(array).ndim() == 2 && py::array(array).shape(0) == rows_ && py::array(array).shape(1) == width_ &&
@@ -70,31 +102,16 @@ public:
             throw ConfigError("allocate((" + std::to_string(rows_) + ", " + std::to_string(width_) + ")) returned " +
                               py::repr(py::type::of(array)).cast<std::string>() +
                               "; expected a writable C-contiguous numpy array of that shape and dtype int32");
-        all_.push_back(std::make_unique<OwnedBuffer>());
-        all_.back()->tokens = static_cast<std::int32_t*>(py::array(array).mutable_data());
-        all_.back()->owner = std::move(array);
-        return all_.back().get();
+        return array;
     }
 
-    void give(OwnedBuffer* buffer) { free_.push_back(buffer); }
-
-    // The buffer as an array; when the array and all its views are gone the buffer comes back.
-    py::object hand_out(OwnedBuffer* buffer) {
-        auto* loan = new Loan{shared_from_this(), buffer};
-        py::capsule base(loan, [](void* p) {
-            const std::unique_ptr<Loan> done(static_cast<Loan*>(p));
-            done->pool->give(done->buffer);
-        });
-        return py::array_t<std::int32_t>({rows_, width_}, buffer->tokens, base);
-    }
-
-private:
     struct Loan {
         std::shared_ptr<Pool> pool;
         OwnedBuffer* buffer;
     };
     py::object allocate_;
     py::ssize_t rows_, width_;
+    bool boundaries_;
     std::vector<std::unique_ptr<OwnedBuffer>> all_;
     std::vector<OwnedBuffer*> free_;
 };
@@ -102,13 +119,14 @@ private:
 // The core's sampler with its pool; refuses work in a forked child, where the reader threads do not exist.
 class Handle {
 public:
-    Handle(std::vector<std::shared_ptr<const TokenStream>> streams, std::vector<u64> keys, const Settings& s, std::vector<u64> shares,
-           py::object allocate)
-        : pid_(::getpid()), pool_(std::make_shared<Pool>(std::move(allocate), static_cast<py::ssize_t>(s.rows),
-                                                          static_cast<py::ssize_t>(s.row_tokens + 1))) {
+    Handle(std::vector<Source> sources, std::vector<u64> keys, const Settings& s, std::vector<u64> shares, py::object allocate)
+        : pid_(::getpid()), boundaries_(s.boundaries),
+          padded_(std::any_of(sources.begin(), sources.end(), [](const Source& source) { return source.packing != nullptr; })),
+          pool_(std::make_shared<Pool>(std::move(allocate), static_cast<py::ssize_t>(s.rows),
+                                       static_cast<py::ssize_t>(s.row_tokens + 1), s.boundaries)) {
         std::vector<Buffer*> ring;
         for (u64 i = 0; i < Sampler::ring_size(s); ++i) ring.push_back(pool_->take());
-        sampler_ = std::make_unique<Sampler>(std::move(streams), std::move(keys), s, std::move(shares), std::move(ring));
+        sampler_ = std::make_unique<Sampler>(std::move(sources), std::move(keys), s, std::move(shares), std::move(ring));
     }
 
     ~Handle() {
@@ -151,9 +169,14 @@ public:
             return py::none();
         }
         const auto rows = static_cast<py::ssize_t>(handed->domains.size());
-        return py::make_tuple(pool_->hand_out(static_cast<OwnedBuffer*>(handed->buffer)),
-                              py::array_t<std::int32_t>(rows, handed->domains.data()), handed->step, handed->weights_id,
-                              py::array_t<std::int64_t>(rows, handed->row_ids.data()));
+        const auto copied = [](bool asked, const std::vector<std::int32_t>& values) -> py::object {
+            if (!asked) return py::none();
+            return py::array_t<std::int32_t>(static_cast<py::ssize_t>(values.size()), values.data());
+        };
+        const auto [tokens, documents, positions] = pool_->hand_out(static_cast<OwnedBuffer*>(handed->buffer));
+        return py::make_tuple(tokens, py::array_t<std::int32_t>(rows, handed->domains.data()), handed->step, handed->weights_id,
+                              py::array_t<std::int64_t>(rows, handed->row_ids.data()), copied(padded_, handed->counts), documents,
+                              positions, copied(boundaries_, handed->cu_seqlens));
     }
 
     void close() {
@@ -164,6 +187,7 @@ public:
 
 private:
     const int pid_;
+    const bool boundaries_, padded_;
     std::shared_ptr<Pool> pool_;
     std::unique_ptr<Sampler> sampler_;
 };
@@ -196,17 +220,54 @@ Tokens read_stream(const TokenStream& stream, u64 position, u64 count) {
     return out;
 }
 
-std::shared_ptr<Handle> open_sampler(std::vector<std::shared_ptr<const TokenStream>> streams, std::vector<u64> keys, std::vector<u64> shares,
-                                     u64 seed, u64 rank, u64 world, u64 rows, u64 row_tokens, const std::string& exhaustion,
-                                     u64 start_step, u64 threads, u64 prefetch, double stall_seconds, py::object allocate) {
-    if (streams.empty() || streams.size() != keys.size() || streams.size() != shares.size() || rank >= world || rows == 0 ||
-        row_tokens == 0 || prefetch == 0)
+std::shared_ptr<Handle> open_sampler(const std::vector<std::shared_ptr<TokenStream>>& streams,
+                                     const std::vector<std::shared_ptr<Packing>>& packings, std::vector<u64> keys, std::vector<u64> shares,
+                                     u64 seed, u64 rank, u64 world, u64 rows, u64 row_tokens, const std::string& exhaustion, u64 start_step,
+                                     u64 threads, u64 prefetch, double stall_seconds, u64 window, bool boundaries, std::int32_t padding,
+                                     py::object allocate) {
+    if (streams.empty() || streams.size() != keys.size() || streams.size() != shares.size() || streams.size() != packings.size() ||
+        rank >= world || rows == 0 || row_tokens == 0 || prefetch == 0)
         throw ConfigError("the arguments of the sampler do not fit each other");
+    std::vector<Source> sources;
+    for (std::size_t k = 0; k < streams.size(); ++k) sources.push_back({streams[k], packings[k]});
     const Exhaustion policy = exhaustion == "repeat"        ? Exhaustion::repeat
                               : exhaustion == "renormalise" ? Exhaustion::renormalise
                                                             : Exhaustion::stop;
-    const Settings settings{seed, rank, world, rows, row_tokens, policy, start_step, threads, prefetch, stall_seconds};
-    return std::make_shared<Handle>(std::move(streams), std::move(keys), settings, std::move(shares), std::move(allocate));
+    const Settings settings{seed,     rank,     world,         rows,   row_tokens, policy, start_step,
+                            threads,  prefetch, stall_seconds, window, boundaries, padding};
+    return std::make_shared<Handle>(std::move(sources), std::move(keys), settings, std::move(shares), std::move(allocate));
+}
+
+using Starts = py::array_t<u64, py::array::c_style>;
+using Pieces = py::array_t<std::uint32_t, py::array::c_style>;
+
+std::shared_ptr<Packing> make_packing(const Starts& starts, const Pieces& pieces, u64 width, std::string path) {
+    static_assert(sizeof(Piece) == 3 * sizeof(std::uint32_t));
+    if (starts.ndim() != 1 || starts.size() < 2 || pieces.ndim() != 2 || pieces.shape(1) != 3)
+        throw ConfigError("the arrays of a packing do not fit each other");
+    // Let go with the GIL held, whichever thread is the last to use them.
+    const std::shared_ptr<const void> owner(new std::pair<Starts, Pieces>(starts, pieces), [](const void* p) {
+        const py::gil_scoped_acquire hold;
+        delete static_cast<const std::pair<Starts, Pieces>*>(p);
+    });
+    const auto bins = static_cast<u64>(starts.size()) - 1, count = static_cast<u64>(pieces.shape(0));
+    const auto* const first = reinterpret_cast<const Piece*>(pieces.data());
+    return std::make_shared<Packing>(starts.data(), bins, first, count, width, std::move(path), owner);
+}
+
+template <class T>
+py::array_t<T> as_array(const std::vector<T>& values) {
+    return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+py::array_t<i64> windowed_order(u64 tokens, u64 row_tokens, u64 offset, const std::vector<u64>& shards, u64 window, u64 key,
+                                const std::vector<u64>& items) {
+    const Epoch epoch{tokens, row_tokens, tokens / row_tokens, offset};
+    if (shards.empty() || shards[0] != 0 || window == 0 || epoch.rows == 0) throw ConfigError("the arguments of the order do not fit each other");
+    const WindowedOrder order(epoch, shards, window, key);
+    std::vector<i64> result;
+    for (const u64 item : items) result.push_back(static_cast<i64>(order(item)));
+    return as_array(result);
 }
 
 using MixTuple = std::tuple<u64, u64, std::vector<u64>>;
@@ -255,17 +316,17 @@ void bind_sampler(py::module_& m) {
              py::arg("shards"), py::arg("eos"))
         .def_property_readonly("tokens", &TokenStream::tokens)
         .def_property_readonly("documents", &TokenStream::documents)
+        .def_property_readonly("lengths", [](const TokenStream& s) { return as_array(s.lengths()); })
+        .def_property_readonly("shard_positions", [](const TokenStream& s) { return as_array(s.shard_positions()); })
         .def("read", &read_stream, py::arg("position"), py::arg("count"));
+    py::class_<Packing, std::shared_ptr<Packing>>(m, "Packing")
+        .def(py::init(&make_packing), py::arg("starts"), py::arg("pieces"), py::kw_only(), py::arg("width"), py::arg("path"))
+        .def_property_readonly("bins", &Packing::bins);
     py::class_<Handle, std::shared_ptr<Handle>>(m, "Sampler")
-        .def(py::init([](const std::vector<std::shared_ptr<TokenStream>>& streams, std::vector<u64> keys, std::vector<u64> shares, u64 seed,
-                         u64 rank, u64 world, u64 rows, u64 row_tokens, const std::string& exhaustion, u64 start_step, u64 threads,
-                         u64 prefetch, double stall_seconds, py::object allocate) {
-                 return open_sampler({streams.begin(), streams.end()}, std::move(keys), std::move(shares), seed, rank, world, rows, row_tokens,
-                                     exhaustion, start_step, threads, prefetch, stall_seconds, std::move(allocate));
-             }),
-             py::arg("streams"), py::kw_only(), py::arg("keys"), py::arg("shares"), py::arg("seed"), py::arg("rank"), py::arg("world"),
-             py::arg("rows"), py::arg("row_tokens"), py::arg("exhaustion"), py::arg("start_step"), py::arg("threads"), py::arg("prefetch"),
-             py::arg("stall_seconds"), py::arg("allocate"))
+        .def(py::init(&open_sampler), py::arg("streams"), py::arg("packings"), py::kw_only(), py::arg("keys"), py::arg("shares"),
+             py::arg("seed"), py::arg("rank"), py::arg("world"), py::arg("rows"), py::arg("row_tokens"), py::arg("exhaustion"),
+             py::arg("start_step"), py::arg("threads"), py::arg("prefetch"), py::arg("stall_seconds"), py::arg("window"),
+             py::arg("boundaries"), py::arg("padding"), py::arg("allocate"))
         .def("next", &Handle::next)
         .def("close", &Handle::close)
         .def_property_readonly("step", [](const Handle& h) { return unlocked(h, [](Sampler& s) { return s.step(); }); })
@@ -291,7 +352,27 @@ void bind_sampler(py::module_& m) {
              py::arg("step"))
         .def("oldest_mix", [](const Handle& h) { return unlocked(h, [](Sampler& s) { return s.oldest_mix(); }); })
         .def("count", &count_rows, py::arg("steps"))
+        .def("ids",
+             [](const Handle& h, u64 step) {
+                 std::vector<std::int32_t> domains;
+                 std::vector<i64> ids;
+                 for (const auto& [row, place] : unlocked(h, [step](Sampler& s) { return s.rows_at(step); })) {
+                     domains.push_back(static_cast<std::int32_t>(row.domain));
+                     ids.push_back(static_cast<i64>(place.id));
+                 }
+                 return std::make_pair(as_array(domains), as_array(ids));
+             },
+             py::arg("step"))
+        .def("exposure",
+             [](const Handle& h) {
+                 std::vector<std::array<u64, 4>> result;
+                 for (const Exposure& e : unlocked(h, [](Sampler& s) { return s.exposure(); }))
+                     result.push_back({e.rows, e.tokens, e.epoch_rows, e.unique_tokens});
+                 return result;
+             })
         .def("load", &load_state, py::arg("step"), py::arg("drawn"), py::arg("error"), py::arg("mixes"));
+    m.def("windowed_order", &windowed_order, py::arg("tokens"), py::arg("row_tokens"), py::arg("offset"), py::arg("shards"),
+          py::arg("window"), py::arg("key"), py::arg("items"));
     m.def("permute", &permute, py::arg("items"), py::arg("n"), py::arg("key"));
     m.def("give_rows", &give_rows, py::arg("shares"), py::arg("error"), py::arg("rows"));
 }

@@ -19,7 +19,7 @@ constexpr u64 SHARE_ONE = u64{1} << 32;  // integer shares of a mix sum to this
 constexpr u64 GOLDEN = 0x9E3779B97F4A7C15u;
 
 // What a key is for: the same (seed, domain, epoch) must give unrelated numbers for different uses.
-enum class Use : u64 { order = 1, offset = 2, shuffle = 3 };
+enum class Use : u64 { order = 1, offset = 2, shuffle = 3, window = 4 };
 
 // One step of splitmix64 (Steele, Lea, Flood 2014; constants of Stafford's mix 13): a bijection on 64 bits.
 inline u64 mix(u64 x) {

@@ -1,10 +1,15 @@
 // What a step reads: a pure function of seed, shares and cursor, the same on every rank.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <memory>
+#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "draw.h"
+#include "order.h"
 
 namespace velopath {
 
@@ -27,8 +32,11 @@ struct Cursor {
 };
 
 struct Domain {
-    u64 key = 0;     // of its name: its rows do not depend on which other domains there are
-    u64 tokens = 0;  // of its circular stream
+    u64 key = 0;          // of its name: its rows do not depend on which other domains there are
+    u64 tokens = 0;       // of its circular stream
+    u64 rows = 0;         // of an epoch; 0: floor(tokens / row_tokens)
+    bool packed = false;  // rows are bins, not parts of the stream
+    std::vector<u64> shards = {};  // where each begins in the stream
 };
 
 // The number-th row drawn of a domain, counting through all epochs.
@@ -37,7 +45,8 @@ struct Row {
     u64 number;
 };
 
-// Where a row begins in its domain's stream, and epoch * rows per epoch + its place before shuffling: what was read.
+// Where a row begins in its domain's stream (its bin, where rows are bins), and epoch * rows per epoch + its place before
+// shuffling: what was read.
 struct Place {
     u64 position;
     u64 id;
@@ -45,10 +54,15 @@ struct Place {
 
 class Planner {
 public:
-    Planner(std::vector<Domain> domains, u64 seed, u64 global_rows, u64 row_tokens, Exhaustion exhaustion)
-        : domains_(std::move(domains)), seed_(seed), global_rows_(global_rows), row_tokens_(row_tokens), exhaustion_(exhaustion) {}
+    // window: shards of a window of the order, 0 for the order over the whole domain.
+    Planner(std::vector<Domain> domains, u64 seed, u64 global_rows, u64 row_tokens, Exhaustion exhaustion, u64 window = 0)
+        : domains_(std::move(domains)), seed_(seed), global_rows_(global_rows), row_tokens_(row_tokens), exhaustion_(exhaustion),
+          window_(window), windowed_(domains_.size()) {
+        for (Domain& domain : domains_)
+            if (domain.rows == 0) domain.rows = domain.tokens / row_tokens;
+    }
 
-    u64 epoch_rows(std::size_t k) const { return domains_[k].tokens / row_tokens_; }
+    u64 epoch_rows(std::size_t k) const { return domains_[k].rows; }
 
     // Draws the global rows of step cursor.step in batch order and moves the cursor behind it. False, and the cursor is
     // not to be used, where the step cannot be filled.
@@ -67,16 +81,36 @@ public:
         return true;
     }
 
-    // An epoch is floor(tokens / row_tokens) rows of the stream from a drawn offset on, in the order of a bijection.
+    // An epoch is floor(tokens / row_tokens) rows of the stream from a drawn offset on, or every bin, in the order of a
+    // bijection.
     Place place(const Row& row) const {
         const Domain& domain = domains_[row.domain];
         const u64 rows = epoch_rows(row.domain), epoch = row.number / rows;
-        const u64 number = Bijection(rows, make_key(Use::order, seed_, domain.key, epoch))(row.number % rows);
         const u64 offset = below(make_key(Use::offset, seed_, domain.key, epoch), domain.tokens);
+        const u64 number = window_ > 0 ? (*windowed(row.domain, epoch, offset))(row.number % rows)
+                                       : Bijection(rows, make_key(Use::order, seed_, domain.key, epoch))(row.number % rows);
+        if (domain.packed) return {number, epoch * rows + number};
         return {(offset + number * row_tokens_) % domain.tokens, epoch * rows + number};
     }
 
 private:
+    struct Kept {
+        u64 epoch = 0;
+        std::shared_ptr<const WindowedOrder> order;
+    };
+
+    // Made when an epoch is first read. Two epochs are kept, for steps ahead and steps planned again.
+    std::shared_ptr<const WindowedOrder> windowed(std::size_t k, u64 epoch, u64 offset) const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        Kept& kept = windowed_[k][epoch % 2];
+        if (!kept.order || kept.epoch != epoch) {
+            const Domain& domain = domains_[k];
+            kept = {epoch, std::make_shared<const WindowedOrder>(Epoch{domain.tokens, row_tokens_, domain.rows, offset}, domain.shards, window_,
+                                                                  make_key(Use::window, seed_, domain.key, epoch))};
+        }
+        return kept.order;
+    }
+
     std::vector<u64> of_live(const std::vector<u64>& shares, const Cursor& cursor) const {
         std::vector<bool> live(shares.size());
         for (std::size_t k = 0; k < live.size(); ++k) live[k] = cursor.drawn[k] < epoch_rows(k);
@@ -86,6 +120,9 @@ private:
     std::vector<Domain> domains_;
     u64 seed_, global_rows_, row_tokens_;
     Exhaustion exhaustion_;
+    u64 window_;
+    mutable std::mutex mutex_;
+    mutable std::vector<std::array<Kept, 2>> windowed_;
 };
 
 }  // namespace velopath

@@ -11,23 +11,28 @@ namespace velopath {
 
 namespace {
 
-std::vector<Domain> describe(const std::vector<std::shared_ptr<const TokenStream>>& streams, const std::vector<u64>& keys) {
+std::vector<Domain> describe(const std::vector<Source>& sources, const std::vector<u64>& keys) {
     std::vector<Domain> domains;
-    for (std::size_t k = 0; k < streams.size(); ++k) domains.push_back({keys.at(k), streams[k]->tokens()});
+    for (std::size_t k = 0; k < sources.size(); ++k) {
+        const auto& [stream, packing] = sources[k];
+        const u64 rows = packing ? packing->bins() : 0;
+        domains.push_back({keys.at(k), stream->tokens(), rows, packing != nullptr, stream->shard_positions()});
+    }
     return domains;
 }
 
 }  // namespace
 
-Sampler::Sampler(std::vector<std::shared_ptr<const TokenStream>> streams, std::vector<u64> keys, const Settings& settings,
-                 std::vector<u64> shares, std::vector<Buffer*> buffers)
-    : streams_(std::move(streams)), settings_(settings),
-      planner_(describe(streams_, keys), settings.seed, settings.rows * settings.world, settings.row_tokens, settings.exhaustion),
+Sampler::Sampler(std::vector<Source> sources, std::vector<u64> keys, const Settings& settings, std::vector<u64> shares,
+                 std::vector<Buffer*> buffers)
+    : sources_(std::move(sources)), settings_(settings),
+      planner_(describe(sources_, keys), settings.seed, settings.rows * settings.world, settings.row_tokens,
+               settings.exhaustion, settings.window),
       slots_(ring_size(settings)), handed_(settings.start_step), planned_(settings.start_step) {
-    for (std::size_t k = 0; k < streams_.size(); ++k)
+    for (std::size_t k = 0; k < sources_.size(); ++k)
         if (planner_.epoch_rows(k) == 0) throw ConfigError("a domain has fewer tokens than a row");
     for (std::size_t i = 0; i < slots_.size(); ++i) slots_[i].buffer = buffers.at(i);
-    cursors_.push_back({settings.start_step, std::vector<u64>(streams_.size(), 0), std::vector<i64>(streams_.size(), 0)});
+    cursors_.push_back({settings.start_step, std::vector<u64>(sources_.size(), 0), std::vector<i64>(sources_.size(), 0)});
     mixes_.push_back({0, settings.start_step, std::move(shares)});
     const Lock lock(mutex_);
     for (u64 i = 0; i < settings.threads; ++i, ++living_) threads_.emplace_back([this] { work(); });
@@ -90,13 +95,41 @@ void Sampler::plan_one(Slot& slot) {
 void Sampler::assemble(Slot& slot) const {
     slot.content.domains.resize(slot.plan.size());
     slot.content.row_ids.resize(slot.plan.size());
+    slot.content.counts.assign(slot.plan.size(), static_cast<std::int32_t>(settings_.row_tokens + 1));
+    slot.content.cu_seqlens.clear();
+    std::vector<std::int32_t> places;
+    std::vector<std::int32_t>* const begins = settings_.boundaries ? &places : nullptr;
     std::int32_t* out = slot.buffer->tokens;
     for (std::size_t r = 0; r < slot.plan.size(); ++r, out += settings_.row_tokens + 1) {
         const Place place = planner_.place(slot.plan[r]);
-        streams_[slot.plan[r].domain]->read(place.position, settings_.row_tokens + 1, out);
+        const auto& [stream, packing] = sources_[slot.plan[r].domain];
+        places.clear();
+        if (packing)
+            slot.content.counts[r] = static_cast<std::int32_t>(packing->read(*stream, place.position, settings_.padding, out, begins));
+        else
+            stream->read(place.position, settings_.row_tokens + 1, out, begins);
+        if (begins != nullptr) mark(slot, r, places);
         slot.content.domains[r] = static_cast<std::int32_t>(slot.plan[r].domain);
         slot.content.row_ids[r] = static_cast<std::int64_t>(place.id);
     }
+}
+
+// Documents, positions and sequences of a row whose documents begin at `begins`. Padding is a sequence of document -1.
+void Sampler::mark(Slot& slot, std::size_t row, const std::vector<std::int32_t>& begins) const {
+    const auto width = static_cast<std::int32_t>(settings_.row_tokens + 1), filled = slot.content.counts[row];
+    std::int32_t* const documents = slot.buffer->documents + row * static_cast<std::size_t>(width);
+    std::int32_t* const positions = slot.buffer->positions + row * static_cast<std::size_t>(width);
+    std::vector<std::int32_t>& sequences = slot.content.cu_seqlens;
+    const std::int32_t first = static_cast<std::int32_t>(row) * (width - 1);
+    const auto sequence = [&](std::int32_t begin, std::int32_t end, std::int32_t document) {
+        for (std::int32_t i = begin; i < end; ++i) documents[i] = document;
+        for (std::int32_t i = begin; i < end; ++i) positions[i] = i - begin;
+        if (begin < width - 1 && begin < end) sequences.push_back(first + begin);  // of inputs: without the last token
+    };
+    for (std::size_t i = 0; i < begins.size(); ++i)
+        sequence(begins[i], i + 1 < begins.size() ? begins[i + 1] : filled, static_cast<std::int32_t>(i));
+    sequence(filled, width, -1);
+    if (row + 1 == slot.plan.size()) sequences.push_back(first + width - 1);
 }
 
 // Plans up to `most` steps and assembles them one by one, without the mutex. Several steps for one wake-up: a thread's
@@ -296,6 +329,37 @@ std::vector<std::vector<u64>> Sampler::count(u64 steps) const {
         if (!planner_.draw(cursor, mixes[m].shares, rows)) break;
         result.push_back(cursor.drawn);
         for (std::size_t k = 0; k < before.size(); ++k) result.back()[k] -= before[k];
+    }
+    return result;
+}
+
+std::vector<std::pair<Row, Place>> Sampler::rows_at(u64 step) const {
+    Cursor cursor = cursor_at(step);
+    const std::vector<u64> shares = mixes_at(step).front().shares;
+    std::vector<Row> rows;
+    std::vector<std::pair<Row, Place>> result;
+    if (!planner_.draw(cursor, shares, rows)) return result;
+    for (const Row& row : rows) result.emplace_back(row, planner_.place(row));
+    return result;
+}
+
+std::vector<Exposure> Sampler::exposure() const {
+    Lock lock(mutex_);
+    const std::vector<u64> drawn = cursors_[handed_ - cursors_.front().step].drawn;
+    lock.unlock();
+    std::vector<Exposure> result;
+    for (std::size_t k = 0; k < drawn.size(); ++k) {
+        const u64 rows = planner_.epoch_rows(k), epochs = drawn[k] / rows, most = settings_.row_tokens;
+        if (!sources_[k].packing) {
+            result.push_back({drawn[k], drawn[k] * most, rows, std::min(drawn[k], rows) * most});
+            continue;
+        }
+        const Packing& packing = *sources_[k].packing;
+        u64 epoch_tokens = 0, tokens = 0;
+        for (u64 b = 0; b < rows && epochs > 0; ++b) epoch_tokens += packing.tokens(b) - 1;
+        for (u64 i = epochs * rows; i < drawn[k]; ++i)
+            tokens += packing.tokens(planner_.place({static_cast<std::uint32_t>(k), i}).position) - 1;
+        result.push_back({drawn[k], epochs * epoch_tokens + tokens, rows, epochs > 0 ? epoch_tokens : tokens});
     }
     return result;
 }

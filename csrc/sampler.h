@@ -14,14 +14,23 @@
 #include <utility>
 #include <vector>
 
+#include "packing.h"
 #include "planner.h"
 #include "token_stream.h"
 
 namespace velopath {
 
-// Memory for rows x (row_tokens + 1) tokens, owned by the caller.
+// Memory for rows x (row_tokens + 1) tokens, owned by the caller; as much for the others where boundaries are asked for.
 struct Buffer {
     std::int32_t* tokens = nullptr;
+    std::int32_t* documents = nullptr;
+    std::int32_t* positions = nullptr;
+};
+
+// A domain's documents, and its bins where rows are bins.
+struct Source {
+    std::shared_ptr<const TokenStream> stream;
+    std::shared_ptr<const Packing> packing;
 };
 
 struct Settings {
@@ -33,6 +42,9 @@ struct Settings {
     u64 threads = 1;   // 0: next() assembles
     u64 prefetch = 8;  // steps ahead
     double stall_seconds = 5;
+    u64 window = 0;  // shards of a window of the order, 0: the order is over the whole domain
+    bool boundaries = false;
+    std::int32_t padding = 0;  // token behind the documents of a bin
 };
 
 // A step of this rank, its tokens in `buffer`.
@@ -41,12 +53,19 @@ struct Handed {
     u64 step = 0, weights_id = 0;
     std::vector<std::int32_t> domains;
     std::vector<std::int64_t> row_ids;
+    std::vector<std::int32_t> counts;      // tokens of each row that are no padding
+    std::vector<std::int32_t> cu_seqlens;  // where boundaries are asked for
+};
+
+// What was read of a domain: the tokens that are labels of a row, those of them that differ.
+struct Exposure {
+    u64 rows, tokens, epoch_rows, unique_tokens;
 };
 
 class Sampler {
 public:
     // The buffers are for the ring, `ring_size(settings)` of them.
-    Sampler(std::vector<std::shared_ptr<const TokenStream>> streams, std::vector<u64> keys, const Settings& settings,
+    Sampler(std::vector<Source> sources, std::vector<u64> keys, const Settings& settings,
             std::vector<u64> shares, std::vector<Buffer*> buffers);
     ~Sampler();
     static u64 ring_size(const Settings& s) { return s.threads > 0 ? s.prefetch : 1; }
@@ -61,12 +80,15 @@ public:
     void commit_push(std::vector<u64> shares);
     void abort_push();
 
-    u64 domain_count() const { return streams_.size(); }
+    u64 domain_count() const { return sources_.size(); }
     u64 step() const;                     // the next step
     Cursor cursor_at(u64 step) const;     // the state before a step: the next one, or one of the last KEPT handed out
     std::vector<Mix> mixes_at(u64 step) const;  // the mix in force for that step, then those pushed for later ones
     u64 oldest_mix() const;
     std::vector<std::vector<u64>> count(u64 steps) const;  // rows of each domain in the coming steps; the cursor stays
+
+    std::vector<std::pair<Row, Place>> rows_at(u64 step) const;  // of all ranks; steps as for cursor_at
+    std::vector<Exposure> exposure() const;  // before the next step; of bins counted one by one
 
     // Continues at `cursor`; `mixes` as from mixes_at. Everything assembled is dropped.
     void load(Cursor cursor, std::vector<Mix> mixes);
@@ -94,6 +116,7 @@ private:
     void run_ahead(Lock& lock, u64 most);
     void plan_one(Slot& slot);
     void assemble(Slot& slot) const;
+    void mark(Slot& slot, std::size_t row, const std::vector<std::int32_t>& begins) const;
     void drop_from(u64 step);
     void wait_briefly(Lock& lock) const;
     void check_open() const;
@@ -101,7 +124,7 @@ private:
     const Mix& mix_at(u64 step) const;
     Slot& slot_of(u64 step) { return slots_[step % slots_.size()]; }
 
-    const std::vector<std::shared_ptr<const TokenStream>> streams_;
+    const std::vector<Source> sources_;
     const Settings settings_;
     const Planner planner_;
 

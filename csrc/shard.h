@@ -51,6 +51,7 @@ public:
     ~Shard();
 
     std::uint64_t samples() const { return samples_; }
+    const std::string& path() const { return spec_.path; }
 
     // Tokens of sample i. Known from the offset table alone where the token column is the only variable one and
     // its type is in the encoding, so that counting a corpus touches no payload page.

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "errors.h"
+
 namespace velopath {
 
 TokenStream::TokenStream(std::vector<ShardSpec> specs, std::optional<std::int32_t> eos) : eos_(eos) {
@@ -19,13 +21,15 @@ TokenStream::TokenStream(std::vector<ShardSpec> specs, std::optional<std::int32_
             const std::uint64_t end = std::min(begin + STRIDE, shard.samples());
             for (std::uint64_t i = begin; i < end; ++i) tokens_ += length(shard, i);
         }
+        const std::uint64_t first_document = documents_;
         documents_ += shard.samples();
         if (tokens_ == first_token) marks_.resize(first_mark);
-        else parts_.push_back({std::move(shard), first_token, first_mark});
+        else parts_.push_back({std::move(shard), first_token, first_document, first_mark});
     }
 }
 
-void TokenStream::read(std::uint64_t position, std::uint64_t count, std::int32_t* out) const {
+void TokenStream::read(std::uint64_t position, std::uint64_t count, std::int32_t* out, std::vector<std::int32_t>* begins) const {
+    const std::int32_t* const row = out;
     const auto part_at = std::upper_bound(parts_.begin(), parts_.end(), position,
                                           [](std::uint64_t p, const Part& part) { return p < part.first_token; });
     auto part = part_at - 1;
@@ -39,6 +43,7 @@ void TokenStream::read(std::uint64_t position, std::uint64_t count, std::int32_t
     part->shard.check_whole();
     while (count > 0) {
         const Document document = part->shard.document(i);
+        if (begins != nullptr && skip < document.tokens + (eos_ ? 1 : 0)) begins->push_back(static_cast<std::int32_t>(out - row));
         if (skip < document.tokens) {
             const std::uint64_t take = std::min(count, document.tokens - skip);
             part->shard.copy(i, document, skip, take, out);
@@ -57,6 +62,38 @@ void TokenStream::read(std::uint64_t position, std::uint64_t count, std::int32_t
             part->shard.check_whole();
         }
     }
+}
+
+void TokenStream::read_document(std::uint64_t document, std::uint64_t first, std::uint64_t count, std::int32_t* out) const {
+    const auto after = std::upper_bound(parts_.begin(), parts_.end(), document,
+                                        [](std::uint64_t d, const Part& part) { return d < part.first_document; });
+    if (after == parts_.begin()) throw DataError("document " + std::to_string(document) + " has no tokens", parts_.front().shard.path());
+    const Part& part = *(after - 1);
+    const std::uint64_t i = document - part.first_document;
+    part.shard.check_whole();
+    const std::uint64_t here = i < part.shard.samples() ? length(part.shard, i) : 0;
+    if (first > here || count > here - first)
+        throw DataError("a bin asks for tokens " + std::to_string(first) + " to " + std::to_string(first + count) +
+                            " of a document of " + std::to_string(here) + "; the bins are of other data, remove their file",
+                        part.shard.path(), static_cast<std::int64_t>(i));
+    const Document found = part.shard.document(i);
+    const std::uint64_t take = first < found.tokens ? std::min(count, found.tokens - first) : 0;
+    if (take > 0) part.shard.copy(i, found, first, take, out);
+    if (take < count) out[take] = *eos_;  // count is within the length, so that only the end-of-text token is missing
+}
+
+std::vector<std::uint32_t> TokenStream::lengths() const {
+    std::vector<std::uint32_t> result(documents_, 0);
+    for (const Part& part : parts_)
+        for (std::uint64_t i = 0; i < part.shard.samples(); ++i)
+            result[part.first_document + i] = static_cast<std::uint32_t>(length(part.shard, i));  // below a shard's 2^32 bytes
+    return result;
+}
+
+std::vector<std::uint64_t> TokenStream::shard_positions() const {
+    std::vector<std::uint64_t> result;
+    for (const Part& part : parts_) result.push_back(part.first_token);
+    return result;
 }
 
 }  // namespace velopath

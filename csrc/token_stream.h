@@ -18,15 +18,22 @@ public:
     std::uint64_t tokens() const { return tokens_; }
     std::uint64_t documents() const { return documents_; }
 
-    // Writes the `count` tokens from `position` < tokens() on, going round at the end. Throws DataError.
-    void read(std::uint64_t position, std::uint64_t count, std::int32_t* out) const;
+    // Writes the `count` tokens from `position` < tokens() on, going round at the end, and to `begins`, if asked, the
+    // places in `out` where a document begins: 0 and those behind the end of another one. Throws DataError.
+    void read(std::uint64_t position, std::uint64_t count, std::int32_t* out, std::vector<std::int32_t>* begins = nullptr) const;
+
+    // Writes tokens [first, first + count) of a document, the end-of-text token included. Throws DataError.
+    void read_document(std::uint64_t document, std::uint64_t first, std::uint64_t count, std::int32_t* out) const;
+
+    std::vector<std::uint32_t> lengths() const;        // tokens of each document, the end-of-text token included
+    std::vector<std::uint64_t> shard_positions() const;  // where each shard that holds tokens begins
 
 private:
     static constexpr std::uint64_t STRIDE = 64;  // documents per entry of the sparse index: 8 bytes in 64 documents
 
     struct Part {
         Shard shard;
-        std::uint64_t first_token;
+        std::uint64_t first_token, first_document;
         std::size_t first_mark;
     };
 

@@ -22,6 +22,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "audit",
         "stream",
         "stream_state",
+        "pack",
         "tokenizer",
         "workers",
         "prepare",

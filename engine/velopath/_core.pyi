@@ -18,7 +18,24 @@ class TokenStream:
     def tokens(self) -> int: ...
     @property
     def documents(self) -> int: ...
+    @property
+    def lengths(self) -> NDArray[np.uint32]:
+        """Tokens of each document, in index order, its end-of-text token included."""
+
+    @property
+    def shard_positions(self) -> NDArray[np.uint64]:
+        """Where each shard that holds tokens begins in the stream."""
+
     def read(self, position: int, count: int) -> NDArray[np.int32]: ...
+
+class Packing:
+    """Bins of pieces of documents: bin b holds `pieces[starts[b] : starts[b + 1]]`, (document, first token, tokens)."""
+
+    def __init__(
+        self, starts: NDArray[np.uint64], pieces: NDArray[np.uint32], *, width: int, path: str
+    ) -> None: ...
+    @property
+    def bins(self) -> int: ...
 
 class Sampler:
     """Steps in order, assembled ahead by threads; `velopath.stream.Sampler` is its public face."""
@@ -26,6 +43,7 @@ class Sampler:
     def __init__(
         self,
         streams: Sequence[TokenStream],
+        packings: Sequence[Packing | None],
         *,
         keys: Sequence[int],
         shares: Sequence[int],
@@ -39,10 +57,28 @@ class Sampler:
         threads: int,
         prefetch: int,
         stall_seconds: float,
+        window: int,
+        boundaries: bool,
+        padding: int,
         allocate: Callable[[tuple[int, int]], NDArray[np.int32]],
     ) -> None: ...
-    def next(self) -> tuple[NDArray[np.int32], NDArray[np.int32], int, int, NDArray[np.int64]] | None:
-        """Tokens, domains, step, id of the weights, row ids; None where the stream ends."""
+    def next(
+        self,
+    ) -> (
+        tuple[
+            NDArray[np.int32],
+            NDArray[np.int32],
+            int,
+            int,
+            NDArray[np.int64],
+            NDArray[np.int32] | None,
+            NDArray[np.int32] | None,
+            NDArray[np.int32] | None,
+            NDArray[np.int32] | None,
+        ]
+        | None
+    ):
+        """The fields of a `velopath.stream.TokenBatch`; None where the stream ends."""
 
     def close(self) -> None: ...
     @property
@@ -58,6 +94,12 @@ class Sampler:
     def mixes_at(self, step: int) -> list[_Mix]: ...
     def oldest_mix(self) -> int: ...
     def count(self, steps: int) -> NDArray[np.int64]: ...
+    def ids(self, step: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Domains and row ids of all ranks at `step`, as `cursor_at` knows it."""
+
+    def exposure(self) -> list[tuple[int, int, int, int]]:
+        """Rows drawn, tokens, rows of an epoch and unique tokens of every domain before the next step."""
+
     def load(self, step: int, drawn: Sequence[int], error: Sequence[int], mixes: Sequence[_Mix]) -> None: ...
 
 def plan_rows(
@@ -73,12 +115,27 @@ def plan_rows(
     drawn: Sequence[int],
     error: Sequence[int],
     steps: int,
+    bins: Sequence[int],
+    window: int,
+    shards: Sequence[Sequence[int]],
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], list[int], list[int]]:
     """Domains and row ids, (steps, global_rows) each, of `steps` steps from `step` on; then the cursor behind them.
 
     The plan of `Sampler` without its data: `drawn` and `error` as `Sampler.cursor_at(step)` gives them. Fewer steps
-    where the stream ends.
+    where the stream ends. `bins` are the rows of an epoch where they are not floor(tokens / row_tokens), else empty;
+    `shards` where each shard begins, if `window` is not 0.
     """
+
+def windowed_order(
+    tokens: int,
+    row_tokens: int,
+    offset: int,
+    shards: Sequence[int],
+    window: int,
+    key: int,
+    items: Sequence[int],
+) -> NDArray[np.int64]:
+    """The rows that come as the `items`-th of an epoch in windows of `window` shards, which begin at `shards`."""
 
 def permute(items: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
     """Images of `items` under the bijection on [0, n) that `key` selects."""

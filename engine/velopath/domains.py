@@ -139,7 +139,9 @@ def integer_shares(weights: Sequence[float]) -> list[int]:
         share, remainder = divmod(part * SHARE_ONE, total)
         shares.append(share)
         remainders.append(remainder)
-    by_remainder = sorted(range(len(shares)), key=remainders.__getitem__, reverse=True)  # stable: ties in order
+    by_remainder = sorted(
+        range(len(shares)), key=remainders.__getitem__, reverse=True
+    )  # stable: ties in order
     for k in by_remainder[: SHARE_ONE - sum(shares)]:
         shares[k] += 1
     return shares

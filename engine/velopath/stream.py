@@ -8,11 +8,8 @@ T = `row_tokens`, K domains. The rules stand in `csrc/planner.h` (order, epochs)
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -22,15 +19,15 @@ from numpy.typing import NDArray
 
 from velopath import _core
 from velopath.audit import AuditLog
-from velopath.cache import raw_path
 from velopath.domains import DomainTable, MixtureWeights, check_weights, integer_shares
 from velopath.errors import ConfigError, DataError, PushRejectedError
-from velopath.mds import MdsFolder, ShardEntry, load_index, shard_token_column
+from velopath.stream_data import DomainData, end_of_text, open_domains
+from velopath.stream_data import domain_folders as domain_folders
 from velopath.stream_order import POLICIES, domain_key
 from velopath.stream_state import Identity, read_state, write_state
 
-_TYPE_CODES = {"uint8": 8, "uint16": 16, "int16": 17, "uint32": 32, "int32": 33, "uint64": 64, "int64": 65}
-_INFLATERS = 8
+_PACKINGS = ("concat", "best_fit")
+_ORDERS = ("full", "windowed")
 
 
 class TokenBatch(NamedTuple):
@@ -40,6 +37,13 @@ class TokenBatch(NamedTuple):
     each row's domain, as index into `Sampler.names`. `row_ids` int64 (rows,) name what was read: epoch * rows of
     an epoch + number of the row in its epoch's stream. The memory of `tokens` is used again once the array and
     every view of it are gone; copy what must outlive them (and wait for asynchronous copies to a device).
+
+    With `packing="best_fit"`, `counts` int32 (rows,) are the tokens of each row that are no padding, else None.
+
+    With `boundaries=True`, else None: `documents` int32 (rows, T + 1) number the documents of a row from 0, padding
+    is -1; `positions` int32 (rows, T + 1) count from 0 in each document, or part of one, that a row holds;
+    `cu_seqlens` int32 are the bounds of those parts in the inputs of the whole batch, `tokens[:, :-1].reshape(-1)`,
+    from 0 to rows * T; padding is a part of its own. An end-of-text token belongs to the document that it ends.
     """
 
     tokens: NDArray[np.int32]
@@ -47,6 +51,19 @@ class TokenBatch(NamedTuple):
     step: int
     weights_id: int
     row_ids: NDArray[np.int64]
+    counts: NDArray[np.int32] | None = None
+    documents: NDArray[np.int32] | None = None
+    positions: NDArray[np.int32] | None = None
+    cu_seqlens: NDArray[np.int32] | None = None
+
+    def targets(self, ignore_index: int = -100) -> NDArray[np.int32]:
+        """The labels, int32 (rows, T): `tokens[:, 1:]`, with `ignore_index` where that is padding."""
+        labels = self.tokens[:, 1:]
+        if self.counts is None:
+            return labels
+        return np.where(
+            np.arange(1, labels.shape[1] + 1) < self.counts[:, None], labels, np.int32(ignore_index)
+        )
 
 
 def open_sampler(
@@ -71,6 +88,10 @@ def open_sampler(
     bytes_dtype: str = "int64",
     stall_seconds: float = 5.0,
     verify: bool = False,
+    packing: str = "concat",
+    boundaries: bool = False,
+    order: str = "full",
+    window: int = 8,
 ) -> Sampler:
     """Open a sampler on MDS folders, one per domain.
 
@@ -88,35 +109,46 @@ def open_sampler(
     `bytes` column holds `bytes_dtype` values. A step that no thread finishes for `stall_seconds` is an error.
     Hashes are checked when a shard is inflated; `verify` reads and checks those of all raw files first.
 
+    `packing`: "concat" rows are parts of the joined documents; "best_fit" rows hold whole documents, none cut but
+    those of more than T + 1 tokens, and padding (`velopath.pack`; bins are computed once and stored beside the
+    shards). `boundaries` asks for documents, positions and `cu_seqlens` in each batch. `order`: "full" shuffles an
+    epoch's rows over the whole domain; "windowed" shuffles the shards, then the rows inside each `window` shards of
+    that order, so that only these and the ones right behind them (a row may end there) are read at a time.
+
     Raises `ConfigError` on a wrong argument, `DataError` naming shard and sample on damaged data or a domain
     of fewer than T tokens. Fork before opening, not after.
     """
     for name, value, least in (
         ("rows", rows, 1), ("row_tokens", row_tokens, 1), ("seed", seed, 0), ("world", world, 1), ("rank", rank, 0),
-        ("start_step", start_step, 0), ("threads", threads, 0), ("prefetch", prefetch, 1),
+        ("start_step", start_step, 0), ("threads", threads, 0), ("prefetch", prefetch, 1), ("window", window, 1),
     ):  # fmt: skip
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 63:
             raise ConfigError(f"{name} is {value!r}; expected a whole number, {least} or more")
     if rank >= world:
         raise ConfigError(f"rank is {rank}; expected less than world, {world}")
-    if exhaustion not in POLICIES:
-        raise ConfigError(f"exhaustion is {exhaustion!r}; expected one of {', '.join(POLICIES)}")
+    for name, choice, known in (
+        ("exhaustion", exhaustion, POLICIES), ("packing", packing, _PACKINGS), ("order", order, _ORDERS),
+    ):  # fmt: skip
+        if choice not in known:
+            raise ConfigError(f"{name} is {choice!r}; expected one of {', '.join(known)}")
+    if packing == "best_fit" and order == "windowed":
+        raise ConfigError(
+            "the bins of best_fit reach over all shards, not over a window; choose order='full'"
+        )
     folders = domain_folders(root)
     if weights is not None:
         check_weights(weights, tuple(folders))
-    eos = _end_of_text(folders, eos)
-    indexes = {name: load_index(folder) for name, folder in folders.items()}
-    streams = {
-        name: _core.TokenStream(shards, eos)
-        for name, shards in _shards(indexes, cache, bytes_dtype, verify).items()
-    }
-    for name, stream in streams.items():
-        if stream.tokens < row_tokens:
+    eos = end_of_text(folders, eos)
+    data = open_domains(folders, eos, cache=cache, bytes_dtype=bytes_dtype, verify=verify)
+    for name, domain in data.items():
+        if domain.stream.tokens < (1 if packing == "best_fit" else row_tokens):
             raise DataError(
-                f"domain {name!r} has {stream.tokens} tokens, fewer than one row of {row_tokens}; "
+                f"domain {name!r} has {domain.stream.tokens} tokens, fewer than one row of {row_tokens}; "
                 "add text or make row_tokens smaller",
-                path=folders[name],
+                path=domain.folder,
             )
+    streams = [domain.stream for domain in data.values()]
+    packings = _packings(data, packing, row_tokens, eos, cache)
     identity = Identity(
         seed=seed,
         start_step=start_step,
@@ -126,14 +158,19 @@ def open_sampler(
         eos=eos,
         exhaustion=exhaustion,
         domain_key_salt=domain_key_salt,
-        table=DomainTable(tuple(streams), tuple(s.tokens for s in streams.values())),
-        documents=tuple(s.documents for s in streams.values()),
-        fingerprints=tuple(_fingerprint(index) for index in indexes.values()),
+        table=DomainTable(tuple(data), tuple(s.tokens for s in streams)),
+        documents=tuple(s.documents for s in streams),
+        fingerprints=tuple(domain.fingerprint for domain in data.values()),
+        packing=packing,
+        window=window if order == "windowed" else 0,
+        bins=tuple(p.bins for p in packings if p is not None),
+        shards=tuple(tuple(s.shard_positions.tolist()) for s in streams) if order == "windowed" else (),
     )
     mix = _mixture(identity.table.names, weights or identity.table.prior)
     core = _core.Sampler(
-        list(streams.values()),
-        keys=[domain_key(domain_key_salt, name) for name in streams],
+        streams,
+        packings,
+        keys=[domain_key(domain_key_salt, name) for name in data],
         shares=integer_shares(mix.shares),
         seed=seed,
         rank=rank,
@@ -145,6 +182,9 @@ def open_sampler(
         threads=threads,
         prefetch=prefetch,
         stall_seconds=stall_seconds,
+        window=identity.window,
+        boundaries=boundaries,
+        padding=eos or 0,
         allocate=allocate or _allocate,
     )
     log = AuditLog(audit, audit_parent) if audit is not None and rank == 0 else None
@@ -243,27 +283,18 @@ class Sampler:
     def exposure(self) -> dict[str, dict[str, float]]:
         """What all ranks together were handed so far, by domain.
 
-        `rows`; `tokens` = rows * T; `epochs` = rows / floor(N / T); `unique_tokens` = T * min(rows, floor(N / T)),
-        which leaves out the fewer than T tokens that only a second epoch reaches.
+        `rows`; `tokens` = rows * T, of best_fit those that are labels; `epochs` = rows / rows of an epoch;
+        `unique_tokens` = the `tokens` of the first epoch, which leaves out the fewer than T tokens that only a second
+        epoch of concat reaches.
         """
-        drawn, _ = self._core.cursor_at(self._core.step)
-        result = {}
-        for name, rows, tokens in zip(self.names, drawn, self.table.tokens, strict=True):
-            epoch = tokens // self.row_tokens
-            unique = min(rows, epoch) * self.row_tokens
-            result[name] = {
-                "rows": rows,
-                "tokens": rows * self.row_tokens,
-                "epochs": rows / epoch,
-                "unique_tokens": unique,
-            }
-        return result
+        return {
+            name: {"rows": rows, "tokens": tokens, "epochs": rows / epoch, "unique_tokens": unique}
+            for name, (rows, tokens, epoch, unique) in zip(self.names, self._core.exposure(), strict=True)
+        }
 
     def ids(self, step: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Domains and row ids of all ranks together at `step`, (rows * world,): the next one, or one of the last 64."""
-        shares = self._core.mixes_at(step)[0][2]
-        domains, row_ids, _, _ = self.order.draw(step, 1, shares, *self._core.cursor_at(step))
-        return domains.reshape(-1), row_ids.reshape(-1)
+        return self._core.ids(step)
 
     def plan(self, steps: int) -> NDArray[np.int64]:
         """Rows of each domain (all ranks) in the coming `steps` steps, (steps, K); fewer where the stream ends.
@@ -319,78 +350,20 @@ def _allocate(shape: tuple[int, int]) -> NDArray[np.int32]:
     return np.empty(shape, np.int32)
 
 
+def _packings(
+    data: Mapping[str, DomainData], packing: str, row_tokens: int, eos: int | None, cache: str | Path | None
+) -> list[_core.Packing | None]:
+    """The bins of each domain where rows are bins."""
+    if packing == "concat":
+        return [None] * len(data)
+    from velopath.pack import load_bins
+
+    return [load_bins(domain, row_tokens, eos, cache=cache).packing for domain in data.values()]
+
+
 def _mixture(names: tuple[str, ...], weights: Mapping[str, float]) -> MixtureWeights:
     """The weights normalised, in the order of `names`."""
     try:
         return MixtureWeights.of({name: float(weights[name]) for name in names})
     except OverflowError as error:
         raise ConfigError(f"the weights {dict(weights)} are too large to be summed") from error
-
-
-def domain_folders(root: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
-    """Domain -> MDS folder, sorted by name; `root` as in `open_sampler`."""
-    if isinstance(root, Mapping):
-        if not root:
-            raise ConfigError("no domains: the mapping domain -> folder is empty")
-        return {name: Path(root[name]) for name in sorted(root)}
-    root = Path(root)
-    for place in (root, root / "train"):
-        found = {
-            p.parent.name: p.parent for p in place.glob("*/index.json") if not p.parent.name.startswith(".")
-        }
-        if found:
-            return {name: found[name] for name in sorted(found)}
-    if (root / "index.json").is_file():
-        raise DataError(
-            "this is one MDS folder; give the folder above it, or a mapping domain -> folder", path=root
-        )
-    raise DataError("no domains: expected sub-folders that each hold an index.json", path=root)
-
-
-def _end_of_text(folders: Mapping[str, Path], eos: int | None) -> int | None:
-    """`eos` as given, or as the domains.json above each folder agree."""
-    if eos is None:
-        beside = {p / "domains.json" for f in folders.values() for p in list(f.resolve().parents)[:2]}
-        found: dict[int | None, Path] = {}
-        for path in sorted(p for p in beside if p.is_file()):
-            try:
-                found[json.loads(path.read_bytes())["eos"]] = path
-            except (ValueError, TypeError, KeyError) as error:
-                raise DataError(f"not a table of domains with an eos: {error!r}", path=path) from error
-        if len(found) > 1:
-            raise ConfigError(f"the domains end their documents differently: {found}; give eos")
-        eos = next(iter(found), None)
-    if eos is not None and (isinstance(eos, bool) or not isinstance(eos, int) or not 0 <= eos < 1 << 31):
-        raise ConfigError(f"eos is {eos!r}; expected a token id from 0 to 2147483647, or None")
-    return eos
-
-
-def _shards(
-    indexes: Mapping[str, MdsFolder], cache: str | Path | None, bytes_dtype: str, verify: bool
-) -> dict[str, list[_core._Shard]]:
-    """Shards of each domain as the core takes them; zstd ones are inflated side by side."""
-
-    def describe(entry: ShardEntry) -> _core._Shard:
-        column = shard_token_column(entry, bytes_dtype=bytes_dtype)
-        # No sample can be larger than its shard, so a larger fixed size is as good as any too large one.
-        sizes = [-1 if s is None else min(s, 1 << 32) for s in entry.columns.sizes]
-        code = 0 if column.dtype is None else _TYPE_CODES[column.dtype]
-        length = None if column.length is None else min(column.length, 1 << 32)
-        path = str(raw_path(entry, cache, verify=verify))
-        names = entry.columns.names
-        return (path, entry.samples, entry.raw_bytes, names, sizes, column.index, column.plain, code, length)
-
-    with ThreadPoolExecutor(_INFLATERS) as pool:
-        waiting = {
-            name: [pool.submit(describe, entry) for entry in index.shards] for name, index in indexes.items()
-        }
-        return {name: [f.result() for f in shards] for name, shards in waiting.items()}
-
-
-def _fingerprint(index: MdsFolder) -> str:
-    """Hash of what the index says about the raw shards; how they are compressed does not matter."""
-    shards = [
-        [s.samples, s.raw_bytes, sorted(s.raw_hashes.items()), s.columns.names, s.columns.encodings]
-        for s in index.shards
-    ]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:32]

@@ -37,7 +37,9 @@ def domain_key(salt: str, name: str) -> int:
 class Order:
     """What decides which rows a step reads, beside the weights: K domains with their tokens, shapes, seed, policy.
 
-    `tokens` are those of the domains' circular streams; `salt` is the `domain_key_salt` of `open_sampler`.
+    `tokens` are those of the domains' circular streams; `salt` is the `domain_key_salt` of `open_sampler`. `bins`
+    are the rows of an epoch where rows are bins of best_fit. A windowed order has the shards of its `window`, and
+    where each shard begins in the stream, `shards`.
     """
 
     tokens: Mapping[str, int]
@@ -47,6 +49,9 @@ class Order:
     exhaustion: str = "repeat"
     salt: str = ""
     start_step: int = 0
+    bins: Mapping[str, int] | None = None
+    window: int = 0
+    shards: Mapping[str, Sequence[int]] | None = None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -59,15 +64,27 @@ class Order:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value from which `from_json` makes an equal order."""
-        return asdict(self) | {"tokens": dict(self.tokens)}
+        later = {"bins": None, "window": 0, "shards": None}  # absent where they say nothing
+        value = asdict(self) | {"tokens": dict(self.tokens)}
+        return {name: given for name, given in value.items() if name not in later or given != later[name]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Order:
         """The order that `to_json` wrote; other keys are passed over. Raises `DataError` where it is malformed."""
         try:
-            made = cls(**{name: value[name] for name in cls.__dataclass_fields__})
-            numbers = [made.seed, made.start_step, made.global_rows - 1, made.row_tokens - 1]
+            later = {name: value[name] for name in ("bins", "window", "shards") if name in value}
+            if "shards" in later:
+                later["shards"] = {name: tuple(at) for name, at in later["shards"].items()}
+            first = [name for name in cls.__dataclass_fields__ if name not in ("bins", "window", "shards")]
+            made = cls(**{name: value[name] for name in first}, **later)
+            numbers = [made.seed, made.start_step, made.window, made.global_rows - 1, made.row_tokens - 1]
+            numbers += [n - 1 for n in (made.bins or {}).values()]
+            numbers += [n for at in (made.shards or {}).values() for n in at]
             sound = made.exhaustion in POLICIES and isinstance(made.salt, str)
+            sound &= (made.window > 0) == (made.shards is not None)
+            sound &= all(
+                parts is None or set(parts) == set(made.tokens) for parts in (made.bins, made.shards)
+            )
             whole = all(type(n) is int and 0 <= n < 1 << 63 for n in [*numbers, *made.tokens.values()])
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"not an order of rows: {error!r}") from error
@@ -101,6 +118,9 @@ class Order:
             drawn=drawn,
             error=error,
             steps=steps,
+            bins=[] if self.bins is None else [self.bins[name] for name in self.names],
+            window=self.window,
+            shards=[] if self.shards is None else [self.shards[name] for name in self.names],
         )
 
 

@@ -30,6 +30,10 @@ class Identity:
     table: DomainTable
     documents: tuple[int, ...]
     fingerprints: tuple[str, ...]
+    packing: str = "concat"
+    window: int = 0
+    bins: tuple[int, ...] = ()
+    shards: tuple[tuple[int, ...], ...] = ()
 
     @property
     def global_rows(self) -> int:
@@ -47,6 +51,9 @@ class Identity:
             exhaustion=self.exhaustion,
             salt=self.domain_key_salt,
             start_step=self.start_step,
+            bins=dict(zip(self.table.names, self.bins, strict=True)) if self.bins else None,
+            window=self.window,
+            shards=dict(zip(self.table.names, self.shards, strict=True)) if self.shards else None,
         )
 
 
@@ -66,6 +73,8 @@ def write_state(
         "eos": identity.eos,
         "exhaustion": identity.exhaustion,
         "domain_key_salt": identity.domain_key_salt,
+        "packing": identity.packing,
+        "window": identity.window,
         "domains": {
             name: {
                 "tokens": identity.table.tokens[k],
@@ -111,6 +120,10 @@ def _compare(identity: Identity, state: Mapping[str, Any]) -> None:
         ours = getattr(identity, field)
         if state[field] != ours:
             raise ConfigError(f"{field} of the state is {state[field]!r}, of this sampler {ours!r}")
+    for field, before in (("packing", "concat"), ("window", 0)):  # what a state from before these had
+        ours, theirs = getattr(identity, field), state.get(field, before)
+        if theirs != ours:
+            raise ConfigError(f"{field} of the state is {theirs!r}, of this sampler {ours!r}")
     for k, name in enumerate(names):
         theirs = state["domains"][name]
         for field, mine in (

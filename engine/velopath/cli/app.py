@@ -13,6 +13,7 @@ from velopath.cli.evaluate import evaluate
 from velopath.cli.export import export
 from velopath.cli.inspect import inspect
 from velopath.cli.log import log
+from velopath.cli.pack import pack
 from velopath.cli.plan import plan
 from velopath.cli.prepare import prepare
 from velopath.cli.report import report
@@ -36,6 +37,7 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "inspect": inspect,
+    "pack": pack,
     "targets": targets,
     "plan": plan,
     "train": train,

@@ -1,0 +1,70 @@
+"""`velopath pack`: bins of whole documents, computed ahead and measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def pack(
+    data: Annotated[Path, typer.Argument(help="folder made by prepare, or one of MDS folders")],
+    row_tokens: Annotated[int, typer.Option("--row-tokens", "-t", min=1, help="inputs of a row, T")] = 2048,
+    cache: Annotated[
+        Path | None, typer.Option(help="for inflated shards, and bins where DATA cannot be written")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+) -> None:
+    """Pack documents whole into rows of T + 1 tokens and store the bins beside the shards.
+
+    `open_sampler(..., packing="best_fit")` uses them, and does the same where it finds none. Documents of more than
+    T + 1 tokens are cut; "cut by concat" is the share that rows of joined documents would cut.
+
+    Example: velopath pack data/2026q1 --row-tokens 4096
+    """
+    from velopath.pack import load_bins
+    from velopath.stream_data import domain_folders, end_of_text, open_domains
+
+    folders = domain_folders(data)
+    eos = end_of_text(folders, None)
+    found = {
+        name: load_bins(domain, row_tokens, eos, cache=cache)
+        for name, domain in open_domains(folders, eos, cache=cache).items()
+    }
+    facts = {
+        name: {
+            "documents": bins.documents,
+            "rows": bins.rows,
+            "tokens": bins.tokens,
+            "truncated_share": bins.truncated_share,
+            "cut_by_concat": bins.cut_by_concat,
+            "padding_share": bins.padding_share,
+            "file": str(bins.path),
+        }
+        for name, bins in found.items()
+    }
+    if as_json:
+        import json
+
+        typer.echo(json.dumps({"row_tokens": row_tokens, "eos": eos, "domains": facts}, indent=2))
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("domain", no_wrap=True)
+    for title in ("docs", "tokens", "rows", "truncated", "cut by concat", "padding"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, bins in found.items():
+        table.add_row(
+            name,
+            f"{bins.documents:,}",
+            f"{bins.tokens:,}",
+            f"{bins.rows:,}",
+            f"{bins.truncated_share:.2%}",
+            f"{bins.cut_by_concat:.2%}",
+            f"{bins.padding_share:.3%}",
+        )
+    Console().print(table)

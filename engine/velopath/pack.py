@@ -1,0 +1,163 @@
+"""Rows of whole documents: best-fit-decreasing bins, computed once and stored beside the shards.
+
+A row holds W = T + 1 tokens: T inputs and T labels, as everywhere. The bins of a domain are a pure function of its
+documents' lengths, so that every process finds the same ones. Their file is one JSON line, padded to whole
+64 bytes, then `starts` (uint64) and `pieces` (uint32 x 3), as `best_fit_bins` returns them, little-endian; the line
+names the version, T, the end-of-text token, the data (the hash of their index) and a hash of what follows. A file
+that does not fit in any of these is computed anew.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from velopath import _core
+from velopath.cache import default_cache
+from velopath.durable import durable, locked
+from velopath.errors import ConfigError, DataError
+from velopath.stream_data import DomainData
+
+_VERSION = 1
+_ALIGNED = 64
+
+
+@dataclass(frozen=True)
+class Bins:
+    """The bins of one domain: `starts` (bins + 1,), `pieces` (P, 3) = (document, first token, tokens).
+
+    `documents` are those that hold tokens (an end-of-text token counts), `truncated` those cut because they are
+    longer than a row, `tokens` what the bins hold without padding. `cut_by_concat` is the share of documents that
+    `concat` is expected to cut at the bounds of rows: the mean of min(1, (length - 1) / T).
+    """
+
+    path: Path
+    row_tokens: int
+    documents: int
+    truncated: int
+    tokens: int
+    cut_by_concat: float
+    starts: NDArray[np.uint64]
+    pieces: NDArray[np.uint32]
+
+    @property
+    def rows(self) -> int:
+        """Rows of an epoch: the bins."""
+        return len(self.starts) - 1
+
+    @property
+    def truncated_share(self) -> float:
+        """Documents cut, of all that hold tokens."""
+        return self.truncated / self.documents
+
+    @property
+    def padding_share(self) -> float:
+        """Padding, of all tokens of an epoch's rows."""
+        return 1 - self.tokens / (self.rows * (self.row_tokens + 1))
+
+    @property
+    def packing(self) -> _core.Packing:
+        """For the core's sampler."""
+        return _core.Packing(self.starts, self.pieces, width=self.row_tokens + 1, path=str(self.path))
+
+
+def load_bins(
+    domain: DomainData, row_tokens: int, eos: int | None, *, cache: str | Path | None = None
+) -> Bins:
+    """The bins of a domain for rows of T = `row_tokens`: from their file, or computed and stored.
+
+    The file stands beside the shards, or in `cache` where that folder cannot be written. Processes that ask at once
+    wait for the one that computes. Raises `DataError` where no document holds a token, `ConfigError` where neither
+    place can be written.
+    """
+    name = f"best_fit.t{row_tokens}.eos{'' if eos is None else eos}.bins"
+    facts: dict[str, Any] = {
+        "format": "velopath.bins",
+        "version": _VERSION,
+        "row_tokens": row_tokens,
+        "eos": eos,
+        "fingerprint": domain.fingerprint,
+        "stream_documents": domain.stream.documents,
+        "stream_tokens": domain.stream.tokens,
+    }
+    other = Path(cache) if cache is not None else default_cache()
+    places = [domain.folder / name, other / f"{domain.fingerprint}.{name}"]
+    for path in places:
+        if (found := _read(path, facts)) is not None:
+            return found
+    problems = []
+    for path in places:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(path.with_suffix(".lock")):
+                found = _read(path, facts)  # another process may have computed it while this one waited
+                if found is None:
+                    _write(path, facts, domain.stream.lengths)
+                    found = _read(path, facts)
+            if found is not None:
+                return found
+        except OSError as error:
+            problems.append(f"{path.parent} ({error.strerror})")
+    raise ConfigError(f"the bins of best_fit cannot be stored in {' nor in '.join(problems)}; choose a cache")
+
+
+def _read(path: Path, facts: dict[str, Any]) -> Bins | None:
+    """The bins in a file, or None where it is missing, damaged or of other facts."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        content = np.memmap(path, np.uint8, "r")
+        line = bytes(content[: 1 << 16]).split(b"\n", 1)[0]
+        head = json.loads(line)
+        begin = -(-(len(line) + 1) // _ALIGNED) * _ALIGNED
+        body = content[begin:]
+        starts_bytes = 8 * (head["bins"] + 1)
+        fits = all(head[name] == value for name, value in facts.items())
+        if fits and len(body) == starts_bytes + 12 * head["pieces"] and _hash(body) == head["xxh3"]:
+            return Bins(
+                path,
+                facts["row_tokens"],
+                head["documents"],
+                head["truncated"],
+                head["tokens"],
+                head["cut_by_concat"],
+                np.asarray(body[:starts_bytes]).view("<u8"),
+                np.asarray(body[starts_bytes:]).view("<u4").reshape(-1, 3),
+            )
+    return None
+
+
+def _write(path: Path, facts: dict[str, Any], lengths: NDArray[np.uint32]) -> None:
+    """Compute the bins and store them."""
+    from velopath.pack_bins import best_fit_bins  # numba; not needed where the file is there
+
+    if len(lengths) >= 1 << 32:
+        raise DataError(f"{len(lengths)} documents; best_fit takes fewer than 2^32", path=path.parent)
+    row_tokens = facts["row_tokens"]
+    starts, pieces, truncated = best_fit_bins(lengths, row_tokens + 1)
+    held = lengths[lengths > 0].astype(np.int64)
+    body = np.concatenate(
+        [starts.astype("<u8").view(np.uint8), pieces.astype("<u4").reshape(-1).view(np.uint8)]
+    )
+    head = facts | {
+        "bins": len(starts) - 1,
+        "pieces": len(pieces),
+        "documents": len(held),
+        "truncated": truncated,
+        "tokens": int(pieces[:, 2].sum(dtype=np.int64)),
+        "cut_by_concat": float(np.minimum(1, (held - 1) / row_tokens).mean()),
+        "xxh3": _hash(body),
+    }
+    line = json.dumps(head).encode() + b"\n"
+    with durable(path) as file:
+        file.write(line.ljust(-(-len(line) // _ALIGNED) * _ALIGNED, b" "))
+        file.write(body.data)
+
+
+def _hash(body: NDArray[np.uint8]) -> str:
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(body).data)
