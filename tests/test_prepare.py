@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from velopath.inspection import inspect_data
 from velopath.mds import read_documents
 from velopath.prepare import Prepared, prepare
 from velopath.prepare import job as prepare_job
+from velopath.prepare import shards as prepare_shards
 from velopath.prepare import tasks as prepare_tasks
-from velopath.prepare.documents import read_contents
 from velopath.prepare.filters import REASONS
 from velopath.tokenizer import load_tokenizer, train_bpe
 
@@ -103,15 +104,15 @@ import json, os, signal, sys
 import velopath.prepare.job as job
 from velopath.prepare import prepare
 job.PART_BYTES = 2000
-inputs, out, codec, stop = json.loads(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4])
+inputs, out, codec, stage_of_end, stop = json.loads(sys.argv[1]), *sys.argv[2:5], int(sys.argv[5])
 calls = 0
 def progress(stage, done, total):
     global calls
-    calls += stage == "encode"
+    calls += stage == stage_of_end
     if calls == stop:
         os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
-    prepare(inputs, out, tokenizer=codec, processes=1, progress=progress)
+    prepare(inputs, out, tokenizer=codec, processes=1, shard_size=8000, progress=progress)
 """
 
 
@@ -119,26 +120,45 @@ def test_restart_after_kill(
     corpus: dict[str, Path], codec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prepare_job, "PART_BYTES", 2000)
-    prepare(corpus, tmp_path / "whole", tokenizer=codec, processes=1)
-    encoded: list[Any] = []  # the parts that a run encodes itself
+    options: dict[str, Any] = {"tokenizer": codec, "processes": 1, "shard_size": 8000}
+    prepare(corpus, tmp_path / "whole", **options)
+    worked: Counter[str] = Counter()  # what a run does itself: pieces scanned, parts encoded, shards written
 
-    def counting(*given: Any) -> list[str]:
-        encoded.append(given)
-        return read_contents(*given)
+    def count(module: Any, name: str) -> None:
+        does = getattr(module, name)
 
-    monkeypatch.setattr(prepare_tasks, "read_contents", counting)
-    prepare(corpus, tmp_path / "count", tokenizer=codec, processes=1)
-    parts = len(encoded)
-    for stop, reused in ((2, ()), (parts - 2, ("a",))):
-        out = tmp_path / f"killed{stop}"
+        def counting(*given: Any, **named: Any) -> Any:
+            worked[name] += 1
+            return does(*given, **named)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(prepare_tasks, "scan")
+    count(prepare_tasks, "read_contents")
+    count(prepare_shards, "MdsWriter")
+    prepare(corpus, tmp_path / "count", **options)
+    parts, shards = worked["read_contents"], worked["MdsWriter"]
+    assert worked["scan"] == 151
+    assert parts > 15
+    assert shards > 5
+    for stage, stop, reused in (
+        ("scan", 1, ()),
+        ("encode", 2, ()),
+        ("write", 2, ()),
+        ("write", shards - 1, ("a",)),
+    ):
+        out = tmp_path / f"killed {stage} {stop}"
         given = json.dumps({n: str(p) for n, p in corpus.items()})
         (tmp_path / "killed.py").write_text(KILLED)
-        command = [sys.executable, str(tmp_path / "killed.py"), given, str(out), str(codec), str(stop)]
+        command = [sys.executable, str(tmp_path / "killed.py"), given, str(out), str(codec), stage, str(stop)]
         assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
         assert not out.exists()  # nothing looks complete
-        encoded.clear()
-        assert prepare(corpus, out, tokenizer=codec, processes=1).reused == reused
-        assert len(encoded) == parts - stop  # what was encoded before the kill is not encoded again
+        worked.clear()
+        assert prepare(corpus, out, **options).reused == reused
+        # What was done before the kill is not done again.
+        assert worked["scan"] == (150 if stage == "scan" else 0)
+        assert worked["read_contents"] == {"scan": parts, "encode": parts - stop, "write": 0}[stage]
+        assert worked["MdsWriter"] == (shards - stop if stage == "write" else shards)
         assert same_tree(out, tmp_path / "whole")
         assert not list(tmp_path.glob("*.partial"))
 

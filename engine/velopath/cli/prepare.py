@@ -88,7 +88,7 @@ def prepare(
 
     inputs = _inputs(domain or [], input)
     columns = (TextColumn("{task.description:>10}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    names = {"scan": "reading", "train": "tokenizer", "encode": "encoding"}
+    names = {"scan": "reading", "train": "tokenizer", "encode": "encoding", "write": "writing"}
     console = Console(stderr=True)
     with Progress(*columns, console=console) as bars:
         rows = {}

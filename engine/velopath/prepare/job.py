@@ -1,6 +1,6 @@
 """The job of one preparation: parts are encoded, domains written, and the result put in its place.
 
-`work/data` becomes `out`; `work/parts` and `work/done` are what a restart after a kill finds.
+`work/data` becomes `out`; `parts`, `shards` and `done` in `work` are what a restart after a kill finds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 
 from velopath.durable import sync_folder, write_durably
 from velopath.prepare.plan import DomainPlan, Progress, Settings
-from velopath.prepare.tasks import PartTask, encode_part, write_domain
+from velopath.prepare.shards import ShardFormat, SplitShards, join_shards, plan_shards, write_shard
+from velopath.prepare.tasks import PartTask, encode_part
 from velopath.tokenizer import TextTokenizer
 from velopath.workers import Workers
 
@@ -85,15 +86,11 @@ class Job:
         finished = [k for k in range(len(self.plans)) if self._is_finished(k)]
         write_durably(self.work / "codec.json", self.codec.json.encode())
         parts = [p for k in range(len(self.plans)) if k not in finished for p in self._parts(k)]
-        left = Counter(part.domain for part in parts)
         done, total = 0, sum(part.bytes for part in parts)
         for number, _ in workers.run(encode_part, (self._task(part, workers) for part in parts)):
-            part = parts[number]
-            left[part.domain] -= 1
-            if not left[part.domain]:  # written here while the workers go on with the next domains
-                self._write(part.domain, [p.path for p in parts if p.domain == part.domain])
-            done += part.bytes
+            done += parts[number].bytes
             progress("encode", done, total)
+        self._write(parts, workers, progress)
         return tuple(self.plans[k].name for k in finished)
 
     def publish(self) -> None:
@@ -151,7 +148,7 @@ class Job:
     def _drop_stale(self) -> None:
         """Remove what a killed run of another job left, and domains that it did not finish."""
         keys = {self._key(k) for k in range(len(self.plans))}
-        for folder in (self.work / "parts", self.work / "done"):
+        for folder in (self.work / "parts", self.work / "shards", self.work / "done"):
             folder.mkdir(exist_ok=True)
             for path in folder.iterdir():
                 if path.name.removesuffix(".json") not in keys:
@@ -191,33 +188,50 @@ class Job:
             threads=workers.threads,
         )
 
-    def _write(self, k: int, parts: Sequence[Path]) -> None:
-        """Write domain k from its parts, mark it done and drop the parts."""
+    def _write(self, parts: Sequence[_Part], workers: Workers, progress: Progress) -> None:
+        """Write the shards of the domains that have `parts`, and finish each domain whose shards are all there."""
+        form = ShardFormat(self.dtype, self.settings.compression, self.settings.shard_bytes)
+        planned: dict[tuple[int, str], SplitShards] = {}
+        for part in parts:
+            if (part.domain, part.split) not in planned:
+                paths = [p.path for p in parts if (p.domain, p.split) == (part.domain, part.split)]
+                folder = self.work / "shards" / self._key(part.domain) / part.split
+                planned[part.domain, part.split] = plan_shards(part.domain, paths, folder, form)
+        tasks = [task for split in planned.values() for task in split.tasks]
+        left = Counter(task.domain for task in tasks)
+        done, total = 0, sum(task.bytes for task in tasks)
+        for k in {domain for domain, _ in planned} - set(left):
+            self._finish(k, planned)
+        for number, _ in workers.run(write_shard, tasks):
+            k = tasks[number].domain
+            left[k] -= 1
+            if not left[k]:
+                self._finish(k, planned)
+            done += tasks[number].bytes
+            progress("write", done, total)
+
+    def _finish(self, k: int, planned: Mapping[tuple[int, str], SplitShards]) -> None:
+        """Put domain k together from its shards, mark it done and drop its parts."""
         plan = self.plans[k]
-        counts = write_domain(
-            {s: [p for p in parts if p.name.split(".")[0] == s] for s in plan.splits},
-            plan.name,
-            data=self.work / "data",
-            scratch=self.work / "writing",
-            dtype=self.dtype,
-            compression=self.settings.compression,
-            shard_bytes=self.settings.shard_bytes,
-        )
-        ends = {s: documents if self.codec.eos is not None else 0 for s, (documents, _) in counts.items()}
-        documents, tokens = counts["train"]
-        heldout_documents, heldout_tokens = counts.get("heldout", (0, 0))
+        splits = {split: planned[k, split] for split in plan.splits}
+        for split, shards in splits.items():
+            join_shards(shards.tasks, self.work / "data" / split / plan.name)
+        empty = SplitShards((), 0, 0)
+        train, heldout = splits["train"], splits.get("heldout", empty)
+        ends = self.codec.eos is not None
         entry = {
-            "tokens": tokens + ends["train"],
-            "documents": documents,
+            "tokens": train.tokens + ends * train.documents,
+            "documents": train.documents,
             "bytes": 0 if plan.holds_tokens else plan.bytes,
-            "heldout_tokens": heldout_tokens + ends.get("heldout", 0),
-            "heldout_documents": heldout_documents,
+            "heldout_tokens": heldout.tokens + ends * heldout.documents,
+            "heldout_documents": heldout.documents,
             "licence": None,
             "source": None,
             "hash": self.digests[k],
         }
         write_durably(self._done(k), json_bytes(entry))
-        shutil.rmtree(self.work / "parts" / self._key(k))
+        for folder in ("shards", "parts"):
+            shutil.rmtree(self.work / folder / self._key(k), ignore_errors=True)
 
 
 def json_bytes(value: object) -> bytes:

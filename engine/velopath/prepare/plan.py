@@ -29,7 +29,7 @@ from velopath.tokenizer import TextTokenizer
 from velopath.workers import Workers
 
 Progress = Callable[[str, int, int], None]
-"""Called with the stage ("scan", "train" or "encode") and the bytes of text done and in all."""
+"""Called with the stage ("scan", "train", "encode", "write") and the bytes done and in all: of text, then of shards."""
 Inputs = Mapping[str, str | Path | Sequence[str | Path]]
 
 PIECE_BYTES = 32 << 20
@@ -265,6 +265,10 @@ def _plan(name: str, sources: tuple[Source, ...], scans: list[Scan], settings: S
     for one in scans:
         dropped.update(one.dropped)
     found = np.concatenate([np.zeros(0, DOCUMENT), *(s.documents for s in scans)])
+    ends = np.cumsum([len(s.documents) for s in scans])
+    keys = np.concatenate([s.keys for s in scans])
+    sketches = [s.sketches for s in scans]
+    scans.clear()  # their documents are in `found`: at 44 bytes each, a second copy counts
     # Copies of a text stand together, the one that comes first in the files first.
     order = np.lexsort((found["begin"], found["file"], found["low"], found["high"]))
     fresh = np.ones(len(order), dtype=bool)
@@ -274,10 +278,9 @@ def _plan(name: str, sources: tuple[Source, ...], scans: list[Scan], settings: S
     order = order[fresh]
     dropped["duplicates"] = len(found) - len(order)
     if settings.near_duplicates is not None:
-        near = _near_copies(scans, order, settings.near_duplicates)
+        near = _near_copies(ends, keys, sketches, order, settings.near_duplicates)
         dropped["near_duplicates"] = int(near.sum())
         order = order[~near]
-    scans.clear()
     held = found["low"][order] % _SPLIT_PARTS < round(settings.heldout_percent * _SPLIT_PARTS / 100)
     reasons = {reason: dropped[reason] for reason in REASONS}
     plan = DomainPlan(name, sources, found[order[~held]], found[order[held]], reasons)
@@ -285,13 +288,15 @@ def _plan(name: str, sources: tuple[Source, ...], scans: list[Scan], settings: S
     return plan
 
 
-def _near_copies(scans: Sequence[Scan], order: NDArray[np.int64], threshold: float) -> NDArray[np.bool_]:
-    """`near_copies` of the documents in `order`, which indexes those of all scans."""
-    ends = np.cumsum([len(s.documents) for s in scans])
-    stored = [
-        np.load(s.sketches, mmap_mode="r", allow_pickle=False) if isinstance(s.sketches, Path) else s.sketches
-        for s in scans
-    ]
+def _near_copies(
+    ends: NDArray[np.int64],
+    keys: NDArray[np.uint64],
+    files: Sequence[NDArray[np.uint8] | Path],
+    order: NDArray[np.int64],
+    threshold: float,
+) -> NDArray[np.bool_]:
+    """`near_copies` of the documents in `order`, which indexes those of all scans; scan k ends before `ends[k]`."""
+    stored = [np.load(f, mmap_mode="r", allow_pickle=False) if isinstance(f, Path) else f for f in files]
 
     def sketches(places: list[int]) -> NDArray[np.uint8]:
         rows = []
@@ -300,7 +305,7 @@ def _near_copies(scans: Sequence[Scan], order: NDArray[np.int64], threshold: flo
             rows.append(stored[scan][k - ends[scan]])  # counted from the scan's end: below 0
         return np.array(rows, dtype=np.uint8)
 
-    return near_copies(np.concatenate([s.keys for s in scans])[order], sketches, threshold)
+    return near_copies(keys[order], sketches, threshold)
 
 
 def _check_splits(plan: DomainPlan, kept: int, percent: float) -> None:

@@ -1,5 +1,4 @@
-"""What the worker processes of `prepare` do: scan pieces of files and encode parts; and the writing of a domain from
-its parts.
+"""What the worker processes of `prepare` do first: scan pieces of files, then encode parts (`shards` comes last).
 
 A part is a run of documents of one domain and split in their final order; its tokens lie in a temporary file
 until the domain is written. The same task gives the same bytes in every process.
@@ -9,21 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from velopath.durable import durable, sync_folder
+from velopath.durable import durable
 from velopath.errors import DataError
-from velopath.mds import MdsWriter
 from velopath.prepare.documents import DOCUMENT, Scan, read_contents, scan
 from velopath.prepare.filters import Filters
 from velopath.prepare.sources import Reading, Source
@@ -145,43 +140,3 @@ def encode_part(task: PartTask) -> None:
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path) -> TextTokenizer:
     return TextTokenizer(path.read_text(encoding="utf-8"), eos="")
-
-
-def read_part(path: Path) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
-    """Yield the token arrays of a part's documents."""
-    with open(path, "rb") as file:
-        counts = np.load(file, allow_pickle=False)
-        tokens = np.load(file, allow_pickle=False)
-    yield from np.split(tokens, np.cumsum(counts)[:-1]) if counts.size else ()
-
-
-def write_domain(
-    parts: Mapping[str, Sequence[Path]],
-    name: str,
-    *,
-    data: Path,
-    scratch: Path,
-    dtype: str,
-    compression: str | None,
-    shard_bytes: int,
-) -> dict[str, tuple[int, int]]:
-    """Write the parts of one domain (split -> files in order) to `data/<split>/<name>`, by way of `scratch`.
-
-    Returns (documents, tokens) by split; tokens are those of the documents, without end-of-text tokens.
-    """
-    counts = {}
-    for split, files in parts.items():
-        folder = scratch / split
-        shutil.rmtree(folder, ignore_errors=True)
-        with MdsWriter(folder, dtype=dtype, compression=compression, size_limit=shard_bytes) as writer:
-            for part in files:
-                for tokens in read_part(part):
-                    writer.write(tokens)
-        counts[split] = (writer.documents, writer.tokens)
-    for split in parts:
-        target = data / split / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(scratch / split, target)
-        sync_folder(target.parent)
-    return counts
