@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,14 +63,29 @@ class Process:
             time.sleep(0.002)
 
 
-def start(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Process:
-    """`velopath ARGUMENTS` in a process of its own, with `env` added to the environment."""
+def start(
+    *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None, code: str | None = None
+) -> Process:
+    """`velopath ARGUMENTS` (or Python `code`) in a process of its own, with `env` added to the environment."""
     handles = [tempfile.mkstemp(dir=_scratch()) for _ in range(2)]
     for handle, _ in handles:
         os.close(handle)
     out, err = (name for _, name in handles)
     request = {"arguments": [str(a) for a in arguments], "cwd": str(cwd or _scratch()), "env": env or {}}
+    request["code"] = code
     return Process(_ask(request | {"out": out, "err": err})["pid"], Path(out), Path(err))
+
+
+def start_ranks(world: int, *arguments: object, code: str | None = None) -> list[Process]:
+    """`velopath ARGUMENTS` (or Python `code`) as `torchrun` would start it, on `world` processes of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(*arguments, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, code=code)
+        for rank in range(world)
+    ]
 
 
 def velopath(*arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> Finished:
@@ -163,7 +179,10 @@ def _become(request: dict[str, Any]) -> None:
     from velopath.cli import main
 
     try:
-        main()
+        if request["code"] is not None:
+            exec(request["code"], {})
+        else:
+            main()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

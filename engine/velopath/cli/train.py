@@ -33,7 +33,8 @@ def train(
     Examples:
       velopath train run.yaml --dry-run
       velopath train run.yaml --run runs/2026q1
-      torchrun --nproc-per-node 8 -m velopath train run.yaml --run runs/2026q1
+      torchrun --nproc-per-node 8 -m velopath train run.yaml -r runs/2026q1
+    (Write -r there: torchrun takes --run for its own --run-path.)
     """
     from velopath.config import load_config
 
