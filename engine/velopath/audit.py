@@ -56,11 +56,15 @@ class Push:
 
 @dataclass(frozen=True)
 class WeightsLog:
-    """What a log says about the stream in force: its order of rows, first weights, and pushes that no rewind undid."""
+    """What a log says about the stream in force: its order of rows, first weights, and pushes that no rewind undid.
+
+    `begin` is the step from which on the stream is this log's own: a fork's, or the first one.
+    """
 
     order: Order
     first: Mapping[str, float]
     pushes: tuple[Push, ...]
+    begin: int
 
 
 def verify(path: str | Path) -> AuditSummary:
@@ -103,11 +107,12 @@ def _in_force(path: Path, records: list[dict[str, Any]], seen: tuple[Path, ...] 
     first: Mapping[str, float] = {}
     known: list[Push] = []  # of the last time line, also those that a new start or a rewind may still undo
     live = 0  # so many of them are in force
+    begin: int | None = None
     for line, record in enumerate(records, 1):
         details, kind = record["details"], record["kind"]
         if kind in ("start", "fork"):
             if kind == "fork":
-                known = list(_parent(path, line, details, seen).pushes)
+                known, begin = list(_parent(path, line, details, seen).pushes), None
             try:
                 opened = Order.from_json(details)
             except DataError as error:
@@ -115,6 +120,7 @@ def _in_force(path: Path, records: list[dict[str, Any]], seen: tuple[Path, ...] 
             if order is not None and opened != order:
                 raise DataError("the stream is another one than above", path=path, line=line, field="details")
             order, first, live = opened, record["new"], 0
+            begin = opened.start_step if kind == "start" and begin is None else begin
             continue
         id = details["weights_id"]
         before = known[live - 1] if live else None
@@ -124,6 +130,7 @@ def _in_force(path: Path, records: list[dict[str, Any]], seen: tuple[Path, ...] 
                 raise DataError(
                     f"a rewind to weights {id}, which the log does not have", path=path, line=line
                 )
+            begin = record["step"] if begin is None else begin
             continue
         if id != (before.id if before else 0) + 1 or (before is not None and record["step"] <= before.step):
             raise DataError(
@@ -135,7 +142,7 @@ def _in_force(path: Path, records: list[dict[str, Any]], seen: tuple[Path, ...] 
         live += 1
     if order is None:
         raise DataError("no start or fork; expected it in the first line", path=path, line=1)
-    return WeightsLog(order, first, tuple(known[:live]))
+    return WeightsLog(order, first, tuple(known[:live]), order.start_step if begin is None else begin)
 
 
 def _parent(path: Path, line: int, details: Mapping[str, Any], seen: tuple[Path, ...]) -> WeightsLog:

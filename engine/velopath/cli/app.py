@@ -16,9 +16,11 @@ from velopath.cli.log import log
 from velopath.cli.pack import pack
 from velopath.cli.plan import plan
 from velopath.cli.prepare import prepare
+from velopath.cli.replay import replay
 from velopath.cli.report import report
 from velopath.cli.targets import targets
 from velopath.cli.train import train
+from velopath.cli.verify import verify
 from velopath.errors import VelopathError
 
 EPILOG = (
@@ -44,6 +46,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "branch": branch,
     "eval": evaluate,
     "log": log,
+    "verify": verify,
+    "replay": replay,
     "report": report,
     "export": export,
     "demo": demo,
