@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test bench interop lint clean help
+.PHONY: install demo test bench interop sanitize lint clean help
 help:  ## show these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -31,6 +31,9 @@ bench: $(STAMP)  ## run the benchmarks that need no GPU
 
 interop: $(STAMP)  ## check both directions against mosaicml-streaming, in .venv-mosaic (1 GB)
 	PYTHONPATH=tests $(BIN)/python -m interop.check --venv .venv-mosaic --results tests/interop/results
+
+sanitize:  ## run the C++ core under ASan, UBSan and TSan; longer: make sanitize MINUTES=30
+	$(PYTHON) tests/fuzz/sanitize.py --minutes $(or $(MINUTES),0)
 
 lint: $(STAMP)  ## ruff, mypy
 	$(BIN)/ruff check .

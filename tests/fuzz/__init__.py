@@ -1,0 +1,1 @@
+"""The C++ core under sanitizers: `make sanitize`."""
