@@ -57,7 +57,7 @@ def write_text_mds(folder: Path, documents: list[str], packed: bool) -> Path:
     for number, part in enumerate((documents[:20], documents[20:])):
         samples = []
         for k, text in enumerate(part):
-            raw, ids = text.encode(), np.arange(3, dtype="<i8").tobytes()
+            raw, ids = text.encode(), np.arange(k, k + 3 + number, dtype="<i8").tobytes()
             sizes = len(raw).to_bytes(4, "little") + len(ids).to_bytes(4, "little")
             samples.append(sizes + k.to_bytes(8, "little") + raw + ids)
         config = json.dumps(head, sort_keys=True).encode()
@@ -123,6 +123,14 @@ def test_tokens_pass_through(codec: Path, tmp_path: Path) -> None:
     assert made.table is not None
     assert made.table["domains"]["u16"]["bytes"] == 0
     assert inspect_data(tmp_path / "out", verify=True).problems == ()
+
+
+def test_tokens_of_llm_foundry(codec: Path, tmp_path: Path) -> None:
+    """Its `bytes` column holds int64 tokens."""
+    write_text_mds(tmp_path / "in", texts(50, 3), packed=True)
+    prepare({"d": tmp_path / "in"}, tmp_path / "out", tokenizer=codec, processes=1, field="other")
+    found = {tuple(d) for s in ("train", "heldout") for d in read_documents(tmp_path / "out" / s / "d")}
+    assert found == {tuple(range(k, k + 3)) for k in range(20)} | {tuple(range(k, k + 4)) for k in range(30)}
 
 
 def test_tokens_of_another_tokenizer(codec: Path, tmp_path: Path) -> None:

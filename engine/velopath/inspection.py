@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,14 @@ def inspect_data(
     vocab_size = table["tokenizer"]["vocab_size"] if table else None
     tasks = list(_shard_tasks(chosen, vocab_size, everything=verify))
     measured: dict[int, _Measured | str] = {}
+    counts = {place.name: _Counts() for place in chosen}
     worth_workers = sum(task.entry.raw_bytes for task in tasks) > _ALONE_BYTES
     with Workers(processes if worth_workers else 1) as workers:
         for number, found in workers.run(_measure, tasks):
+            if isinstance(found, _Measured):
+                if tasks[number].split == "train":
+                    counts[tasks[number].domain].add(found.counts)
+                found = replace(found, counts=None)  # a vocabulary's worth for each shard would be much
             measured[number] = found
             if progress is not None:
                 progress(len(measured), len(tasks))
@@ -142,7 +147,7 @@ def inspect_data(
             problems += _compare_counts(place, lengths, table)
         read[place.name] = [x for x in found_here["train"] if isinstance(x, _Measured)]
         shown = tuple(_sample_texts(place, samples, codec)) if samples and not problems else ()
-        reports.append(_report(place, read[place.name], total, table, shown))
+        reports.append(_report(place, read[place.name], counts[place.name].total, total, table, shown))
     dtype = table["dtype"] if table else domains[0].train.columns.encodings[0]
     eos = table["eos"] if table else None
     return Inspection(
@@ -152,7 +157,7 @@ def inspect_data(
         eos,
         tuple(reports),
         tuple(problems) if verify else None,
-        _separation(read),
+        _separation({n: c.total for n, c in counts.items() if c.total is not None}, read),
         _commonest(reports, codec),
     )
 
@@ -214,19 +219,24 @@ def _measure(task: _ShardTask) -> _Measured | str:
     return _Measured(np.array(lengths, dtype=np.int64), np.concatenate(hashes), counts)
 
 
-def _counts(shards: Sequence[_Measured]) -> NDArray[np.int64] | None:
-    """Counts of the token ids of all shards; None where those of one are."""
-    each = [shard.counts for shard in shards if shard.counts is not None]
-    if len(each) < len(shards):
-        return None
-    total = np.zeros(max((len(c) for c in each), default=0), np.int64)
-    for counts in each:
-        total[: len(counts)] += counts
-    return total
+class _Counts:
+    """Sum of the token counts of shards; `total` is None where ids were too large to count."""
+
+    def __init__(self) -> None:
+        self.total: NDArray[np.int64] | None = np.zeros(0, np.int64)
+
+    def add(self, counts: NDArray[np.int64] | None) -> None:
+        if self.total is None or counts is None:
+            self.total = None
+        else:
+            longer, shorter = sorted((self.total, counts), key=len, reverse=True)
+            longer[: len(shorter)] += shorter
+            self.total = longer
 
 
-def _separation(read: Mapping[str, list[_Measured]]) -> Separation | None:
-    counts = {name: found for name, shards in read.items() if (found := _counts(shards)) is not None}
+def _separation(
+    counts: Mapping[str, NDArray[np.int64]], read: Mapping[str, list[_Measured]]
+) -> Separation | None:
     if len(counts) < 2:
         return None
     width = max(map(len, counts.values()))
@@ -322,12 +332,12 @@ def _compare_counts(
 def _report(
     place: _Domain,
     measured: list[_Measured],
+    counts: NDArray[np.int64] | None,
     total: int,
     table: dict[str, Any] | None,
     samples: tuple[str, ...],
 ) -> DomainReport:
     lengths = np.concatenate([np.zeros(0, np.int64), *(m.lengths for m in measured)])
-    counts = _counts(measured)
     tokens = place.stated.get("tokens")
     ends = place.train.samples if table and table["eos"] is not None else 0
     inner = (tokens or 0) - ends
