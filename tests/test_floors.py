@@ -52,6 +52,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "loop",
         "run",
         "segments",
+        "control",
         "proxy",
         "export",
         "model_card",

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from velopath.errors import ConfigError
 
 PositiveInt = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class _Tree(BaseModel):
@@ -61,10 +61,13 @@ class ControlConfig(_Tree):
     controller: str = Field("velocitune", description="velocitune, static or uniform")
     options: dict[str, Any] = Field(default_factory=dict, description="keywords of the controller")
     targets: str | dict[str, float] | None = Field(
-        None, description="targets.json, or losses by domain in nats; null: RUN/targets.json"
+        None,
+        description="a targets.json, or losses by domain in nats, completed by RUN/targets.json; null: that file",
     )
     every: PositiveInt = Field(50, description="m: steps between two evaluations and updates")
-    heldout_tokens: PositiveInt = Field(4096, description="held-out tokens per domain and evaluation")
+    heldout_tokens: PositiveInt = Field(
+        32768, description="held-out tokens per domain and evaluation; 8 rows or more give a standard error"
+    )
     signal: Literal["heldout", "training"] = Field(
         "heldout",
         description="losses that drive the controller: held-out sets, or the training batches since last",
@@ -102,7 +105,9 @@ class TrainConfig(_Tree):
     cpu_threads: PositiveInt | None = Field(
         None, description="threads of torch's CPU kernels; null: torch's choice. Tiny models: 1"
     )
-    log_every: PositiveInt = 10
+    log_every: PositiveInt = Field(
+        10, description="also how soon several ranks notice a stop signal, in steps"
+    )
     checkpoint_every: PositiveInt = 500
     keep_last: PositiveInt = Field(2, description="rolling checkpoints kept; branch points are always kept")
 
@@ -160,6 +165,7 @@ class RunConfig(_Tree):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
+        """The whole resolved tree as YAML; `load_config` reads it back."""
         import yaml
 
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

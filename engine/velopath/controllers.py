@@ -98,6 +98,12 @@ def needs_targets(name: str) -> bool:
     return bool(getattr(_find(name), "needs_targets", False))
 
 
+def option_names(name: str) -> set[str]:
+    """The keywords that the controller `name` takes. Raises `ConfigError` on an unknown name."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name for p in inspect.signature(_find(name)).parameters.values() if p.kind in kinds}
+
+
 def build(name: str, **options: Any) -> Controller:
     """The controller `name` with its options. Raises `ConfigError` on an unknown name or option."""
     factory = _find(name)

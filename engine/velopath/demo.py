@@ -44,6 +44,8 @@ def run_demo(out: Path, *, show: Show, say: Say, fresh: bool = False, scale: flo
         if not (out / "demo.txt").exists():
             raise ConfigError(f"{out} is not a demo's folder; --fresh deletes only those")
         shutil.rmtree(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "demo.txt").exists():
+        raise ConfigError(f"{out} holds something else; give --out a new folder")
     out.mkdir(parents=True, exist_ok=True)
     (out / "demo.txt").write_text("Made by `velopath demo`; safe to delete.\n")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from velopath.errors import ConfigError
 
@@ -37,6 +38,7 @@ class DomainTable:
 
     @property
     def prior(self) -> dict[str, float]:
+        """Natural shares: name -> tokens over all tokens."""
         total = sum(self.tokens)
         return {n: t / total for n, t in zip(self.names, self.tokens, strict=True)}
 
@@ -116,7 +118,8 @@ def check_weights(weights: Mapping[str, float], names: Sequence[str] | None = No
         if missing:
             raise ConfigError(f"no weight for domain {missing[0]!r}; each of {', '.join(names)} needs one")
     for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        given: object = weight  # numpy's numbers are Real, though no float to the type checker
+        if isinstance(given, bool) or not isinstance(given, Real) or not math.isfinite(given):
             raise ConfigError(f"weight of {name!r} is {weight!r}; expected a finite number")
         if weight < 0:
             raise ConfigError(f"weight of {name!r} is {weight!r}; expected 0 or more")

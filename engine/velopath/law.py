@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,9 +54,14 @@ class TargetLaw:
     delta: float = HUBER_DELTA
     warnings: tuple[str, ...] = ()
 
-    def predict(self, tokens: float) -> float:
-        """L(tokens) in nats per token. Raises `ConfigError` unless tokens > 0."""
-        return float(self.curve([tokens])[0])
+    @overload
+    def predict(self, tokens: float) -> float: ...
+    @overload
+    def predict(self, tokens: Sequence[float] | _FLOAT) -> _FLOAT: ...
+    def predict(self, tokens: float | Sequence[float] | _FLOAT) -> float | _FLOAT:
+        """L(tokens) in nats per token: a number for a number, an array for many. `ConfigError` unless tokens > 0."""
+        found = self.curve(np.atleast_1d(np.asarray(tokens, dtype=np.float64)))
+        return found if np.ndim(tokens) else float(found[0])
 
     def curve(self, tokens: Sequence[float] | _FLOAT) -> _FLOAT:
         """L at many token counts, shape (len(tokens),), in nats."""
@@ -65,13 +70,22 @@ class TargetLaw:
             raise ConfigError(f"tokens are {tokens}; a law is read at a positive number of tokens")
         return np.asarray(self.E + np.exp(math.log(self.B) - self.beta * np.log(counts)))
 
-    def interval(self, tokens: float, level: float = 0.9, seed: int = 0) -> tuple[float, float]:
+    @overload
+    def interval(self, tokens: float, level: float = 0.9, seed: int = 0) -> tuple[float, float]: ...
+    @overload
+    def interval(
+        self, tokens: Sequence[float] | _FLOAT, level: float = 0.9, seed: int = 0
+    ) -> tuple[_FLOAT, _FLOAT]: ...
+    def interval(
+        self, tokens: float | Sequence[float] | _FLOAT, level: float = 0.9, seed: int = 0
+    ) -> tuple[float, float] | tuple[_FLOAT, _FLOAT]:
         """(low, high) in nats: the central `level` of the law's predictions at `tokens` over a residual bootstrap.
 
-        See `band`. It is the uncertainty of a fit of this form and not of the form itself.
+        Numbers for a number, arrays for many; see `band`. It is the uncertainty of a fit of this form and not of the
+        form itself.
         """
-        low, high = self.band([tokens], level, seed)
-        return float(low[0]), float(high[0])
+        low, high = self.band(np.atleast_1d(np.asarray(tokens, dtype=np.float64)), level, seed)
+        return (low, high) if np.ndim(tokens) else (float(low[0]), float(high[0]))
 
     def band(
         self, tokens: Sequence[float] | _FLOAT, level: float = 0.9, seed: int = 0
@@ -201,7 +215,9 @@ def _fit_warnings(points: tuple[_FLOAT, _FLOAT], beta: float) -> list[str]:
 
 
 def _choose(points: tuple[_FLOAT, _FLOAT], delta: float) -> Literal["three", "two"]:
-    e, _, beta, _ = _solve(points, "three", delta)
+    e, _, beta, cost = _solve(points, "three", delta)
+    if cost < 1e-6 * _solve(points, "two", delta)[3]:  # E is there beyond doubt, also where the curve is flat
+        return "three"
     if e <= 10 * _LEAST_E * points[1].min() or beta <= BETA_BOUNDS[0] * 1.001:
         return "two"
     # Predict the last point without it and, where enough points stay, without the last two.

@@ -118,6 +118,7 @@ class Loop:
             try:
                 batch = session.next_batch()
             except StopIteration:
+                self.save(session, slice_name=slice_name, checkpoints=checkpoints, keep=keep)
                 raise DataError(
                     f"the data ended at step {session.step} of {until} (exhaustion {self.config.data.exhaustion!r}); "
                     "prepare more data, plan fewer steps or set data.exhaustion=repeat"
@@ -256,6 +257,7 @@ class Meter:
         self._paused += time.perf_counter() - start
 
     def add(self, result: StepResult) -> None:
+        """Count a step; no synchronisation."""
         finite = torch.isfinite(result.grad_norm)
         one = torch.where(finite, 1.0, 0.0)
         self._loss += torch.stack([torch.where(finite, result.loss, 0.0), one, 1.0 - one])
@@ -270,7 +272,7 @@ class Meter:
         if self._worst.item() >= SKIPS_IN_A_ROW:
             raise NumericalError(
                 f"{SKIPS_IN_A_ROW} steps in a row up to step {session.step} had no finite gradient; their updates "
-                "were skipped. Resume from the last checkpoint with a lower path.peak, or look at the data there"
+                "were skipped. Look at the data there, or start another run folder with a lower path.peak"
             )
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         rows, steps = session.sampler.global_rows, session.step - self._first

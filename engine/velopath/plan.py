@@ -8,6 +8,7 @@ integers; a half rounds up, on alpha as it is written in decimals.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -260,6 +261,12 @@ def _slices(slices: Steps) -> dict[str, int]:
     if not named:
         raise ConfigError("no slices: a plan needs the steps of at least one version")
     for name, steps in named.items():
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        try:
+            named[name] = count = (
+                0 if isinstance(steps, bool) else operator.index(steps)
+            )  # numpy's integers too
+        except TypeError:
+            count = 0
+        if count < 1:
             raise ConfigError(f"slice {name!r} has {steps!r} steps; expected a whole number, 1 or more")
     return named

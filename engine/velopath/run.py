@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from velopath import controllers
 from velopath.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from velopath.config import RunConfig, load_config
 from velopath.config_change import check_unchanged, split_rows
@@ -36,7 +35,6 @@ from velopath.runfolder import RunFolder
 from velopath.schedule import LrPath
 from velopath.session import Session
 from velopath.stream import domain_folders, open_sampler
-from velopath.targets import Targets
 
 MAIN = "main"
 Mode = Literal["train", "append", "read"]
@@ -86,7 +84,7 @@ class Run:
         recorded = folder.path / "config.yaml"
         if recorded.exists() and any(r.get("kind") == "step" for r in folder.records()):
             known = _on_ranks(load_config(recorded), folder, dist, config.train.micro_rows)
-            check_unchanged(known, config, recorded)
+            check_unchanged(known, config, recorded, dist.world)
         return cls(config, folder, dist, command)
 
     @classmethod
@@ -232,6 +230,7 @@ class Run:
         return decoder
 
     def new_optimizer(self, decoder: Decoder) -> torch.optim.Optimizer:
+        """AdamW as the config says, at rate 0 until the first step."""
         train = self.config.train
         return build_optimizer(decoder, weight_decay=train.weight_decay, betas=train.betas)
 
@@ -322,28 +321,12 @@ class Run:
                 )
             yield session
 
-    def controller(self, slice_name: str) -> Controller:
-        """The configured controller, with targets read at the end of the slice."""
-        control, options = self.config.control, dict(self.config.control.options)
-        if controllers.needs_targets(control.controller):
-            options["targets"] = self._targets(slice_name).losses
-        return controllers.build(control.controller, **options)
-
-    def _targets(self, slice_name: str) -> Targets:
-        source = self.config.control.targets
-        if isinstance(source, dict):
-            return Targets.given(source)
-        path = Path(source) if source is not None else self.folder.path / "targets.json"
-        value = RunFolder(path.parent).read_json(path.name)
-        if value is None:
-            raise ConfigError(
-                f"controller {self.config.control.controller!r} needs target losses and {path} does not exist; "
-                "run `velopath targets` first, or set control.targets, or control.controller=static"
-            )
-        train = self.config.train
-        tokens_per_step = train.rows * self.dist.world * train.row_tokens
-        targets = Targets.from_json(value)
-        return targets.at(self.tokens_at_slice_end(slice_name, tokens_per_step), above_last="last")
+    def branch_path(self, at_step: int, steps: int, shape: str | None = None) -> LrPath:
+        """The path of a branch that leaves the main path at `at_step`; `shape` None: the config's."""
+        settings = self.config.path
+        return self.main_path().branch(
+            at_step=at_step, steps=steps, shape=shape or settings.shape, floor=settings.floor
+        )
 
     @property
     def data_root(self) -> Path:

@@ -73,6 +73,14 @@ class RunFolder:
         """Where a segment's log of the weights on one slice lies."""
         return self.path / "audit" / f"{segment}.{slice}.jsonl"
 
+    def check_is_run(self) -> None:
+        """Raise `DataError` where the folder is not one that `velopath train` or `velopath demo` wrote."""
+        if not any(
+            (self.path / name).exists()
+            for name in ("config.yaml", "run.json", "metrics.jsonl", "lineage.jsonl")
+        ):
+            raise DataError("not a run folder: it has no config.yaml and no record", path=self.path)
+
     # -- metrics ---------------------------------------------------------------------------------------------
 
     def append_metric(self, record: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from velopath.checkpoint import load_checkpoint, step_folder
+from velopath.control import check_controllers, controller_for
 from velopath.domains import DomainLoss
 from velopath.errors import ConfigError
 from velopath.lineage import Version
@@ -22,6 +23,9 @@ def train_main(run: Run, until: int | None = None) -> int:
     losses measured there, targets read at the slice's end, weights as the slice says.
     """
     goal = run.plan.main_steps if until is None else until
+    check_controllers(run, goal)
+    for branch in run.plan.branches:
+        run.branch_path(branch.start_step, branch.steps)  # a version that could not be cut is refused now
     root = run.checkpoints(MAIN)
     loop, checkpoint = run.loop_at(root)
     state = checkpoint.state if checkpoint is not None else None
@@ -36,7 +40,7 @@ def train_main(run: Run, until: int | None = None) -> int:
     _note_base(run)
     run.begin(MAIN, step, goal)
     for piece in run.pieces(step, goal):
-        controller = run.controller(piece.slice)
+        controller = controller_for(run, piece.slice)
         with run.session(
             piece, segment=MAIN, path=run.main_path(), state=state, controller=controller
         ) as session:
@@ -75,12 +79,7 @@ def cut_version(
             f"no main checkpoint at step {piece.start} to branch {name!r} from; kept are {kept}: choose one with --at, "
             "or train the main path to that step"
         )
-    path = run.main_path().branch(
-        at_step=piece.start,
-        steps=piece.end - piece.start,
-        shape=shape or run.config.path.shape,
-        floor=run.config.path.floor,
-    )
+    path = run.branch_path(piece.start, piece.end - piece.start, shape)
     parent = load_checkpoint(start)
     loop, checkpoint = run.loop_at(run.checkpoints(name), start)
     assert checkpoint is not None
@@ -98,7 +97,7 @@ def cut_version(
         segment=name,
         path=path,
         state=state,
-        controller=run.controller(piece.slice) if live else None,
+        controller=controller_for(run, piece.slice) if live else None,
     ) as session:
         tokens = run.config.evaluate.tokens
         before = _measured(run, loop, session, name, piece.start, tokens, piece.slice)

@@ -28,7 +28,7 @@ def branch(
 ) -> None:
     """Branch off a kept main-path checkpoint, decay the rate completely, evaluate, record and export the version.
 
-    The main path keeps its own state and can run on before, while or after. Run it again to resume.
+    The main path keeps its own state and can run on before or after. Run it again to resume.
     """
     from velopath.cli.progress import console_log
     from velopath.export import export_version

@@ -9,6 +9,7 @@ from rich.console import Console
 from velopath.cli.show import show_plan, table
 from velopath.config import RunConfig
 from velopath.plan import cost_table, make_plan
+from velopath.runfolder import RunFolder
 from velopath.schedule import LrPath
 from velopath.stream import open_sampler
 
@@ -48,6 +49,13 @@ def _mixture(config: RunConfig) -> None:
         ) as sampler:
             counts = sampler.plan(min(MIXTURE_STEPS, entry.steps))
             given, asked = counts.sum(axis=0), dict(sampler.weights)
+            possible = len(sampler.plan(entry.steps))
+            if possible < entry.steps:
+                Console().print(
+                    f"{name}: the data ends after {possible:,} of {entry.steps:,} steps at these weights "
+                    f"(exhaustion {config.data.exhaustion!r}): train would stop there",
+                    style="yellow",
+                )
             rows = []
             for k, domain in enumerate(sampler.names):
                 tokens = sampler.table.tokens[k]
@@ -79,11 +87,14 @@ def _estimate(config: RunConfig, steps: int) -> None:
     from velopath.model import preset
 
     train = config.train
-    shape = (
-        read_config(config.model.hf)
-        if config.model.hf
-        else preset(config.model.preset, **config.model.overrides)
-    )
+    if config.model.hf:
+        shape = read_config(config.model.hf)
+    else:
+        first = RunFolder(next(iter(config.data.slices.values())).root).read_json("domains.json") or {}
+        size = first.get("tokenizer", {}).get("vocab_size")
+        shape = preset(
+            config.model.preset, **({"vocab_size": size} if size else {}) | dict(config.model.overrides)
+        )
     micro = train.micro_rows or train.rows
     states = 16 * shape.n_params  # fp32 weights, gradients and two AdamW moments
     width = 2 if train.precision == "bf16" else 4

@@ -14,7 +14,7 @@ def evaluate(
         list[str], typer.Argument(help="versions, main@STEP, or folders with a Hugging Face checkpoint")
     ],
     tokens: Annotated[
-        int | None, typer.Option(help="held-out tokens per domain; default the config's")
+        int | None, typer.Option(min=1, help="held-out tokens per domain; default the config's")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:

@@ -21,7 +21,9 @@ def log(
     """Show the lineage of a run: main checkpoints, the versions cut from them, steps, data, losses, costs."""
     if as_json and as_mermaid:
         raise ConfigError("--json and --mermaid were both given; choose one")
-    lineage = Lineage.from_events(RunFolder(run).events())
+    folder = RunFolder(run)
+    folder.check_is_run()
+    lineage = Lineage.from_events(folder.events())
     if as_json:
         typer.echo(json.dumps(lineage.to_json(), indent=2, ensure_ascii=False))
     elif as_mermaid:

@@ -56,6 +56,10 @@ def train(
                 if segment.kind == "main":
                     train_main(job, segment.end_step)
                 else:
+                    if (
+                        loaded.control.in_branch == "replay"
+                    ):  # needs the main path's weights up to the branch's end
+                        train_main(job, segment.end_step)
                     cut_version(job, segment.name)
                     job.note("export", str(export_version(job, segment.name)))
         else:

@@ -17,6 +17,7 @@ def write_report(run: str | Path) -> Path:
     becomes a sentence. Raises `DataError` when the folder is missing or a file in it is damaged.
     """
     folder = RunFolder(run)
+    folder.check_is_run()
     record = read_run(folder)
     folder.write_json("summary.json", summary(record))
     return folder.write_text("report.html", page(record))
@@ -25,6 +26,7 @@ def write_report(run: str | Path) -> Path:
 def build_summary(run: str | Path) -> dict[str, Any]:
     """Write `summary.json` and return its value (see `summary`). Raises as `write_report`."""
     folder = RunFolder(run)
+    folder.check_is_run()
     value = summary(read_run(folder))
     folder.write_json("summary.json", value)
     return value

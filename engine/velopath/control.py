@@ -1,0 +1,60 @@
+"""The controller of a run's slice: built from the config, with the targets of that slice's domains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from velopath import controllers
+from velopath.controllers import Controller
+from velopath.errors import ConfigError
+from velopath.run import Run
+from velopath.runfolder import RunFolder
+from velopath.stream import domain_folders
+from velopath.targets import Targets
+
+
+def controller_for(run: Run, slice_name: str) -> Controller:
+    """The configured controller for a slice: targets of its domains, read at its end.
+
+    Options that only other controllers know are left out, so that `control.controller=static` is enough to compare.
+    With `signal: training` a domain that no batch held keeps its last loss (our choice): small weights make such
+    intervals normal. Raises `ConfigError` naming the domain that has no target.
+    """
+    control = run.config.control
+    known = controllers.option_names(control.controller)
+    foreign = {o for name in controllers.names() for o in controllers.option_names(name)} - known
+    options: dict[str, Any] = {k: v for k, v in control.options.items() if k not in foreign}
+    if control.signal == "training" and "missing" in known:
+        options.setdefault("missing", "last")
+    if controllers.needs_targets(control.controller):
+        options["targets"] = _slice_targets(run, slice_name)
+    return controllers.build(control.controller, **options)
+
+
+def check_controllers(run: Run, until: int) -> None:
+    """Build the controllers of all slices up to step `until`: what is missing is said before anything is trained."""
+    for piece in run.pieces(0, until):
+        controller_for(run, piece.slice)
+
+
+def _slice_targets(run: Run, slice_name: str) -> dict[str, float]:
+    """name -> nats for the domains of a slice: given ones first, then those of targets.json."""
+    domains = domain_folders(run.config.data.slices[slice_name].root)
+    source = run.config.control.targets
+    given = Targets.given(source).losses if isinstance(source, dict) else {}
+    found = given
+    path = Path(source) if isinstance(source, str) else run.folder.path / "targets.json"
+    if set(domains) - set(given):
+        value = RunFolder(path.parent).read_json(path.name) if path.parent.is_dir() else None
+        if value is not None:
+            train = run.config.train
+            tokens = run.tokens_at_slice_end(slice_name, train.rows * run.dist.world * train.row_tokens)
+            found = Targets.from_json(value).at(tokens, above_last="last").losses | given
+    if missing := sorted(set(domains) - set(found)):
+        raise ConfigError(
+            f"controller {run.config.control.controller!r} has no target for domain {missing[0]!r} of slice "
+            f"{slice_name!r} (neither control.targets nor {path}); run `velopath targets`, which covers the domains of "
+            "the first slice, give others in control.targets as domain: nats, or set control.controller=static"
+        )
+    return {name: found[name] for name in domains}
