@@ -220,6 +220,9 @@ def test_steps_repeated_after_a_resume_are_drawn_once_and_paid_twice(run: RunFol
 
 def test_a_run_that_is_still_going(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run", create=True)
+    with pytest.raises(DataError, match="not a run folder"):
+        write_report(run.path)
+    run.write_json("run.json", {"state": "running"})
     page = write_report(run.path).read_text(encoding="utf-8")
     assert "No training step has been recorded yet." in page
     assert "What this scale can and cannot show" in page

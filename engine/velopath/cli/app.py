@@ -72,3 +72,6 @@ def main() -> None:
     except VelopathError as error:
         print(f"velopath: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except (OSError, MemoryError) as error:
+        print(f"velopath: {type(error).__name__}: {error or 'out of memory'}", file=sys.stderr)
+        sys.exit(1)
