@@ -25,10 +25,10 @@ FREE = (
 follow the number of ranks, see `split_rows`."""
 
 
-def check_unchanged(recorded: RunConfig, given: RunConfig, where: Path) -> None:
+def check_unchanged(recorded: RunConfig, given: RunConfig, where: Path, world: int = 1) -> None:
     """Raise `ConfigError` with a diff where `given` would continue another run than `recorded`.
 
-    Allowed: the settings in `FREE`, and slices behind the recorded ones.
+    Allowed: the settings in `FREE`, and slices behind the recorded ones. Both are as for `world` ranks.
     """
     old, new = recorded.model_dump(mode="json"), given.model_dump(mode="json")
     names, given_names = list(old["data"]["slices"]), list(new["data"]["slices"])
@@ -39,7 +39,7 @@ def check_unchanged(recorded: RunConfig, given: RunConfig, where: Path) -> None:
         lines.append(f"  data.slices: in the order {names} -> {given_names}")
         old["data"]["slices"] = new["data"]["slices"] = {}
     lines += [
-        f"  {key}: {before!r} -> {after!r}"
+        f"  {key}: {before!r} -> {after!r}{_rows_a_step(key, before, after, world)}"
         for key, before, after in _differences(old, new)
         if not any(key == free or key.startswith(f"{free}.") for free in FREE)
     ]
@@ -49,6 +49,12 @@ def check_unchanged(recorded: RunConfig, given: RunConfig, where: Path) -> None:
             + "\n".join(lines)
             + "\nuse the recorded values, or start another run folder"
         )
+
+
+def _rows_a_step(key: str, before: Any, after: Any, world: int) -> str:
+    if key != "train.rows" or world == 1:
+        return ""
+    return f" on {world} ranks: {before * world} -> {after * world} rows a step"
 
 
 def split_rows(
