@@ -11,7 +11,8 @@ from typing import Any
 
 from velopath.errors import ConfigError, DataError
 
-_BATCH_ROWS = 1024
+_BATCH_ROWS = 64  # rows may be long: this many are in memory as text at a time
+_BUFFER_BYTES = 1 << 20
 
 
 def _arrow(path: Path) -> Any:
@@ -57,7 +58,7 @@ def _runs(sizes: list[int], piece_bytes: int) -> list[tuple[int, int, int]]:
 
 
 def parquet_texts(path: Path, field: str, first: int, last: int) -> Iterator[tuple[int, str]]:
-    """Yield (row number in the file, text) of row groups `first` to `last` (left out), a batch in memory at a time.
+    """Yield (row number in the file, text) of row groups `first` to `last` (left out), one group in memory at a time.
 
     Raises `DataError` naming the row where a text is missing, and on a damaged file.
     """
@@ -65,9 +66,12 @@ def parquet_texts(path: Path, field: str, first: int, last: int) -> Iterator[tup
     with _open_parquet(path) as file:
         row = sum(file.metadata.row_group(g).num_rows for g in range(first))
         try:
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=range(first, last), columns=[field]):
-                yield from _texts(batch.column(0), row, field, path)
-                row += batch.num_rows
+            for group in range(first, last):  # one after the other, or several are held
+                for batch in file.iter_batches(
+                    _BATCH_ROWS, row_groups=[group], columns=[field], use_threads=False
+                ):
+                    yield from _texts(batch.column(0), row, field, path)
+                    row += batch.num_rows
         except (arrow.ArrowException, OSError) as error:
             raise DataError(f"not a sound Parquet file: {error}", path=path) from error
 
@@ -88,7 +92,7 @@ def arrow_texts(path: Path, field: str, first: int, last: int) -> Iterator[tuple
 def _open_parquet(path: Path) -> Any:
     arrow = _arrow(path)
     try:
-        return arrow.parquet.ParquetFile(path, memory_map=False, pre_buffer=False)
+        return arrow.parquet.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=_BUFFER_BYTES)
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"not a sound Parquet file: {error}", path=path) from error
 
