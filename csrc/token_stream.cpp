@@ -67,11 +67,13 @@ void TokenStream::read(std::uint64_t position, std::uint64_t count, std::int32_t
 void TokenStream::read_document(std::uint64_t document, std::uint64_t first, std::uint64_t count, std::int32_t* out) const {
     const auto after = std::upper_bound(parts_.begin(), parts_.end(), document,
                                         [](std::uint64_t d, const Part& part) { return d < part.first_document; });
-    if (after == parts_.begin()) throw DataError("document " + std::to_string(document) + " has no tokens", parts_.front().shard.path());
+    if (after == parts_.begin() || document - (after - 1)->first_document >= (after - 1)->shard.samples())
+        throw DataError("a bin asks for document " + std::to_string(document) + ", which is not there or has no tokens; the bins are of "
+                        "other data, remove their file", parts_.empty() ? std::string() : parts_.front().shard.path());
     const Part& part = *(after - 1);
     const std::uint64_t i = document - part.first_document;
     part.shard.check_whole();
-    const std::uint64_t here = i < part.shard.samples() ? length(part.shard, i) : 0;
+    const std::uint64_t here = length(part.shard, i);
     if (first > here || count > here - first)
         throw DataError("a bin asks for tokens " + std::to_string(first) + " to " + std::to_string(first + count) +
                             " of a document of " + std::to_string(here) + "; the bins are of other data, remove their file",

@@ -1,4 +1,5 @@
-// Fuzz target: one raw shard, whatever its bytes, gives tokens or a DataError. `tests/fuzz/sanitize.py` builds it.
+// Fuzz target: a raw shard and bins of its documents, whatever their bytes, give tokens or a DataError.
+// `tests/fuzz/sanitize.py` builds it.
 //
 // Byte 0 of an input chooses the encoding and columns that the index states, byte 1 whether its sizes are true and the
 // end-of-text token; the rest is the file. Beyond sanitizers it checks that all ways of reading agree. With clang's
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "errors.h"
+#include "packing.h"
 #include "shard.h"
 #include "token_stream.h"
 
@@ -101,6 +103,25 @@ void read_all_ways(const ShardSpec& spec, std::optional<std::int32_t> eos) {
     for (const std::int32_t token : whole) require(token >= 0, "tokens are in [0, 2^31)");
 }
 
+// Bins made of the last bytes of the input, so mostly wrong ones.
+void read_bins(const ShardSpec& spec, std::optional<std::int32_t> eos, const std::uint8_t* data, std::size_t size) {
+    const TokenStream stream({spec}, eos);
+    if (size < 16) return;
+    const std::uint8_t* const from = data + size - 16;
+    std::vector<Piece> pieces;
+    for (std::size_t i = 0; i < 4; ++i) {
+        const std::uint32_t document = from[3 * i] > 250 ? 0xFFFFFFFF : from[3 * i] % 8u;
+        pieces.push_back({document, from[3 * i + 1] % 70u, from[3 * i + 2] > 250 ? 0xFFFFFFFF : from[3 * i + 2] % 70u});
+    }
+    const std::vector<std::uint64_t> starts{from[12] % 8u == 7 ? 1u : 0u, 1 + from[13] % 3u, from[13] % 2u ? 4u : 3u, 4};
+    const std::uint64_t width = 1 + from[14], bins = from[15] % 8u ? 3 : 2;
+    const Packing packing(starts.data(), bins, pieces.data(), pieces.size(), width, spec.path, nullptr);
+    for (std::uint64_t bin = 0; bin < packing.bins(); ++bin) {
+        std::vector<std::int32_t> row(width), begins;
+        require(packing.read(stream, bin, 9, row.data(), &begins) == packing.tokens(bin), "a bin has the tokens of its pieces");
+    }
+}
+
 void lengths_agree(const ShardSpec& spec) {
     const Shard shard(spec);
     for (std::uint64_t i = 0; i < shard.samples(); ++i) {
@@ -132,6 +153,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     }
     try {
         lengths_agree(spec);
+    } catch (const DataError&) {
+    }
+    try {
+        read_bins(spec, eos, data, size);
     } catch (const DataError&) {
     }
     return 0;

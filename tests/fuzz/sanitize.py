@@ -23,7 +23,7 @@ CORE = HERE.parents[1] / "csrc"
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 THREADS = ("-fsanitize=thread",)
 IN_HEAP = ("-Dmmap=fuzz_mmap", "-Dmunmap=fuzz_munmap")  # see fuzz_shard.cpp
-NEEDED = {"fuzz_shard": ("shard", "token_stream")}  # of the core; else all but bindings and loss
+NEEDED = {"fuzz_shard": ("shard", "token_stream", "packing")}  # of the core; else all but bindings and loss
 SHORT_RUNS, SHORT_STEPS = 25_000, 10_000
 
 
