@@ -123,7 +123,7 @@ def report(theirs: Findings, ours: Findings, writer: str, seconds: float) -> str
     ]
     for title, findings in (
         ("The package writes; `read_documents` and the sampler read", theirs),
-        ("`MdsWriter` writes; the package's StreamingDataset reads, hashes checked", ours),
+        ("`MdsWriter` writes; the package's StreamingDataset reads, hashes recomputed", ours),
     ):
         good = sum(not problem for problem in findings.values())
         lines += [
