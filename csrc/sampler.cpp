@@ -181,8 +181,6 @@ void Sampler::drop_from(u64 step) {
         else slot.state = State::empty;
     }
     ended_ = false;
-    space_.notify_all();
-    ready_.notify_all();
 }
 
 // ---- the caller's side
@@ -248,7 +246,8 @@ std::optional<Handed> Sampler::next(Buffer* spare, const std::function<void()>& 
 
 void Sampler::open_gate(Lock& lock) {
     gate_ = false;
-    lock.unlock();
+    lock.unlock();  // first: a thread woken while the mutex is held sleeps again
+    space_.notify_all();
     ready_.notify_all();
 }
 
@@ -365,13 +364,14 @@ std::vector<Exposure> Sampler::exposure() const {
 }
 
 void Sampler::load(Cursor cursor, std::vector<Mix> mixes) {
-    const Lock lock(mutex_);
+    Lock lock(mutex_);
     check_open();
     if (gate_) throw ConfigError("a push is being recorded");
     drop_from(0);
     handed_ = planned_ = cursor.step;
     cursors_.assign(1, std::move(cursor));
     mixes_ = std::move(mixes);
+    open_gate(lock);
 }
 
 }  // namespace velopath

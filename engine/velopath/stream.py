@@ -105,9 +105,10 @@ def open_sampler(
     once into `cache`. Rank 0 writes the audit log to `audit`, for a stream that goes on from the one of the log
     `audit_parent` beside it (load its state then) as a fork of that. `start_step` is the number of the first step.
     `threads` assemble up to `prefetch` steps ahead (0: `next` assembles). `allocate(shape)` gives an int32 array
-    to write into, for pinned memory. `domain_key_salt` (the name of a data slice) keys the order of rows. A
-    `bytes` column holds `bytes_dtype` values. A step that no thread finishes for `stall_seconds` is an error.
-    Hashes are checked when a shard is inflated; `verify` reads and checks those of all raw files first.
+    to write into, for pinned memory (three a step with `boundaries`). `domain_key_salt` (the name of a data slice)
+    keys the order of rows. A `bytes` column holds `bytes_dtype` values. A step that no thread finishes for
+    `stall_seconds` is an error; without threads the caller reads, and waits, itself. Hashes are checked when a shard
+    is inflated; `verify` reads and checks those of all raw files first.
 
     `packing`: "concat" rows are parts of the joined documents; "best_fit" rows hold whole documents, none cut but
     those of more than T + 1 tokens, and padding (`velopath.pack`; bins are computed once and stored beside the
