@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from interop.folders import unpack
 from velopath.adapters.mosaic import StreamingDataset
-from velopath.errors import ConfigError, PushRejectedError
+from velopath.errors import ConfigError, DataError, PushRejectedError
 from velopath.mds import MdsWriter
 
 ROW = 16
@@ -146,6 +146,15 @@ def test_folders_of_the_package_itself(tmp_path: Path) -> None:
     (sample, *_) = StreamingDataset(local=str(tmp_path / "columns-beside.input_ids.int64"))
     assert sample["input_ids"].dtype == np.int64  # type: ignore[union-attr]
     assert sample["input_ids"].shape == (32,)  # type: ignore[union-attr]
+
+
+def test_checks_the_hashes_of_raw_shards_where_asked(tmp_path: Path) -> None:
+    with MdsWriter(tmp_path / "a", compression=None) as writer:
+        writer.write([1, 2, 3, 4])
+    shard = tmp_path / "a/shard.00000.mds"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    with pytest.raises(DataError, match="xxh64 is .*: the file is damaged"):
+        StreamingDataset(local=str(tmp_path / "a"), row_tokens=2, validate_hash="xxh64")
 
 
 def test_refuses_what_it_cannot_keep(root: Path) -> None:

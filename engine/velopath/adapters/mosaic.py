@@ -26,10 +26,9 @@ from velopath.stream import TokenBatch, open_sampler
 
 Sample = dict[str, NDArray[np.integer[Any]] | bytes]
 _LOOKED_AT = 64  # documents of a stream whose lengths must agree where row_tokens is not given
-# How the package fetches and shuffles. Every hash is checked when a shard is inflated, whatever validate_hash says.
 _WITHOUT_EFFECT = ("predownload", "cache_limit", "partition_algo", "num_canonical_nodes", "shuffle_algo", "keep_zip",
                    "shuffle_block_size", "sampling_method", "sampling_granularity", "batching_method", "replication",
-                   "download_retry", "download_timeout", "validate_hash")  # fmt: skip
+                   "download_retry", "download_timeout")  # fmt: skip  # how the package fetches and shuffles
 
 
 class StreamingDataset(IterableDataset[Sample]):
@@ -72,6 +71,9 @@ class StreamingDataset(IterableDataset[Sample]):
             )
         world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         settings: dict[str, Any] = {"row_tokens": row_tokens or lengths.pop(), "bytes_dtype": bytes_dtype}
+        settings["verify"] = bool(
+            options.pop("validate_hash", None)
+        )  # inflated shards are checked in any case
         settings |= {"seed": shuffle_seed, "rows": batch_size, "rank": rank, "world": world}
         settings |= {key: value for key, value in options.items() if key not in _WITHOUT_EFFECT}
         with open_sampler(folders, **(settings | {"threads": 0, "audit": None})) as whole:
