@@ -116,6 +116,24 @@ def test_ranks_come_and_go_and_the_rows_stay(
     assert kinds.count("rewind") == 4
 
 
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_a_windowed_order_is_shared_by_ranks_too(tmp_path: Path, threads: int) -> None:
+    """Four shards a domain, windows of two: ranks agree with one process, and the log alone with both."""
+    for k, name in enumerate(NAMES):
+        write_domain(tmp_path / "data" / name, [60] * 12, seed=k, size_limit=600)
+    assert len(list((tmp_path / "data/a").glob("shard.*"))) > 2
+    options = {"order": "windowed", "window": 2, "threads": threads}
+    found = []
+    for world in (1, 3):
+        log = tmp_path / f"{world}.jsonl"
+        ranks = Ranks(tmp_path / "data", world, log, **options)
+        found.append(ranks.walk(25))
+        last = ranks.close()["stream"]
+        assert [(s.domains.tolist(), s.row_ids.tolist()) for s in steps(weights_log(log), 25)] == found[0]
+        assert list(steps(weights_log(log), 25))[-1].hash == last
+    assert found[0] == found[1]
+
+
 def test_ranks_that_were_pushed_differently_are_told(root: Path, tmp_path: Path) -> None:
     ranks = Ranks(root, 2, tmp_path / "audit.jsonl")
     ranks.walk(2)

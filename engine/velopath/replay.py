@@ -149,5 +149,5 @@ def _recorded(
     for path in sorted((folder.path / "checkpoints" / segment).glob("step-*/state.json")):
         state = RunFolder(path.parent).read_json(path.name)
         if state["slice"] == slice:
-            found.setdefault(state["step"], []).append((str(state["session"]["stream"]), path, None))
+            found.setdefault(state["step"], []).append((str(state["session"].get("stream")), path, None))
     return found
