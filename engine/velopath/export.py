@@ -63,7 +63,7 @@ def evaluate_model(run: Run, model: str, tokens: int | None = None) -> DomainLos
     return evaluate(
         decoder,
         run.held_out(run.domain_names),
-        tokens_per_domain=tokens or settings.tokens,
+        tokens_per_domain=settings.tokens if tokens is None else tokens,
         batch_rows=settings.batch_rows,
         dist=run.dist,
         bf16=run.config.train.precision == "bf16",

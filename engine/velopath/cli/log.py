@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from velopath.errors import ConfigError
-from velopath.lineage import Lineage, render
-from velopath.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from velopath.lineage import Lineage
 
 
 def log(
@@ -19,6 +20,9 @@ def log(
     as_mermaid: Annotated[bool, typer.Option("--mermaid", help="the lineage as a Mermaid flowchart")] = False,
 ) -> None:
     """Show the lineage of a run: main checkpoints, the versions cut from them, steps, data, losses, costs."""
+    from velopath.lineage import Lineage, render
+    from velopath.runfolder import RunFolder
+
     if as_json and as_mermaid:
         raise ConfigError("--json and --mermaid were both given; choose one")
     folder = RunFolder(run)
