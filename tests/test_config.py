@@ -94,6 +94,8 @@ def test_defaults_are_the_documented_ones() -> None:
         ("train.micro_rows", 3, r"train: .*micro_rows 3 does not divide rows 8"),
         ("proxy.points", 3, r"proxy\.points: .*greater than or equal to 4 \(given: 3\)"),
         ("proxy.first", 1.5, r"proxy\.first: .*less than or equal to 1"),
+        ("proxy.first", 0, r"proxy\.first: .*greater than 0 \(given: 0\)"),
+        ("path.branch_share", 0, r"path\.branch_share: .*greater than 0 \(given: 0\)"),
         ("proxy.law", "four", r"proxy\.law: .*'auto', 'two' or 'three'"),
         ("evaluate.tokens", 0, r"evaluate\.tokens: .*greater than 0"),
         ("seed", -1, r"seed: .*seed -1 is outside 0 \.\.\. 2\^63 - 1"),

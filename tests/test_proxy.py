@@ -31,9 +31,9 @@ FITTED = {"control__targets": None, "control__options": {"small_gap": "mean"}}
     [
         (350, 7, 0.15, 30, [52, 71, 98, 135, 185, 255, 350]),  # the demo's
         (1000, 4, 0.1, 0, [100, 215, 464, 1000]),
-        (64, 7, 0.0, 0, [1, 2, 4, 8, 16, 32, 64]),  # never step 0: there is no loss to the power of log 0
+        (64, 7, 1e-6, 0, [1, 2, 4, 8, 16, 32, 64]),  # never step 0: there is no loss to the power of log 0
         (1000, 4, 0.1, 125, [125, 250, 500, 1000]),  # not inside the warm-up
-        (8, 4, 0.0, 0, [1, 2, 4, 8]),
+        (8, 4, 1e-6, 0, [1, 2, 4, 8]),
         (30, 5, 0.2, 4, [6, 9, 13, 20, 30]),
     ],
 )

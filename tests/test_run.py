@@ -76,7 +76,7 @@ def test_another_configuration_is_refused_once_something_was_trained(data: Path,
         (
             {"control__targets": None},
             ConfigError,
-            "needs target losses and .*targets.json does not exist; run `vel",
+            "no target for domain 'code' of slice 'one' .*; run `velopath targets`",
         ),
         ({"control__targets": {"code": 1.0}}, ConfigError, "prose"),
         ({"control__controller": "mine"}, ConfigError, "unknown controller 'mine'; registered are"),
