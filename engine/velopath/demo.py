@@ -35,11 +35,12 @@ Say = Callable[[str], None]
 
 
 def run_demo(out: Path, *, show: Show, say: Say, fresh: bool = False, scale: float = 1.0) -> dict[str, Any]:
-    """Run or resume the demo in `out`; returns the summary. `scale` shrinks all steps (for tests).
+    """Run or resume the demo in `out`; returns the summary. `scale` shrinks all steps and evaluations (for tests).
 
     `show` wraps each run in its progress display, `say` prints a line per stage.
     """
     start = time.perf_counter()
+    out = out.resolve()  # a configuration names its data from anywhere
     if fresh and out.exists():
         if not (out / "demo.txt").exists():
             raise ConfigError(f"{out} is not a demo's folder; --fresh deletes only those")
@@ -49,14 +50,10 @@ def run_demo(out: Path, *, show: Show, say: Say, fresh: bool = False, scale: flo
     out.mkdir(parents=True, exist_ok=True)
     (out / "demo.txt").write_text("Made by `velopath demo`; safe to delete.\n")
 
-    say("corpus: real text from pinned packages")
-    corpus = build_corpus(out / "corpus")
-    for warning in corpus.warnings:
-        say(f"  warning: {warning}")
-    sizes = ", ".join(f"{name} {d.bytes / 1e6:.1f} MB" for name, d in corpus.domains.items())
-    say(f"  {sizes}")
-    say("prepare: tokenizer and token shards")
-    _prepare(corpus, out)
+    if all((out / "data" / name / "domains.json").exists() for name in SLICES):
+        say("corpus and token shards are there already")
+    else:
+        _make_data(out, say)
 
     say(f"base model: {', '.join(KNOWN)} only, ends decayed, hands on no optimiser state")
     base = _train_base(out, scale, show)
@@ -76,6 +73,17 @@ def run_demo(out: Path, *, show: Show, say: Say, fresh: bool = False, scale: flo
     say(f"report: {write_report(out)}")
     write_png(out, out / "report.png")
     return build_summary(out)
+
+
+def _make_data(out: Path, say: Say) -> None:
+    say("corpus: real text from pinned packages")
+    corpus = build_corpus(out / "corpus")
+    for warning in corpus.warnings:
+        say(f"  warning: {warning}")
+    sizes = ", ".join(f"{name} {d.bytes / 1e6:.1f} MB" for name, d in corpus.domains.items())
+    say(f"  {sizes}")
+    say("prepare: tokenizer and token shards")
+    _prepare(corpus, out)
 
 
 def _prepare(corpus: CorpusReport, out: Path) -> None:
@@ -104,7 +112,7 @@ def _train_base(out: Path, scale: float, show: Show) -> Path:
             "base": {"root": str(out / "data" / SLICES[0]), "steps": _steps(500, scale), "weights": weights}
         },
         scale=scale,
-        control={"controller": "static"},
+        control={"controller": "static", "heldout_tokens": _tokens(4096, scale)},
     )
     with Run.open(config, folder, command="velopath demo") as run, show(run):
         train_main(run)
@@ -124,7 +132,7 @@ def demo_config(out: Path, base: Path, scale: float = 1.0) -> RunConfig:
             # Our choice for domains that the base model knows: their gap is too small for a velocity.
             "options": {"small_gap": "mean"},
             "every": _steps(50, scale),
-            "heldout_tokens": 4096,
+            "heldout_tokens": _tokens(4096, scale),
         },
         model={"hf": str(base)},
         proxy={"steps": _steps(350, scale), "points": 7, "first": 0.15},
@@ -159,6 +167,7 @@ def _config(
                 "cpu_threads": 1,
             },
             "proxy": proxy or {},
+            "evaluate": {"tokens": _tokens(16384, scale)},
         },
         where="demo",
     )
@@ -166,3 +175,7 @@ def _config(
 
 def _steps(steps: int, scale: float) -> int:
     return max(round(steps * scale), 4)
+
+
+def _tokens(tokens: int, scale: float) -> int:
+    return max(round(tokens * scale), 512)
