@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import step
+from benchmarks import trainers
 from benchmarks.bench import Bench
 from benchmarks.gpu_step import setup_of
 from benchmarks.losses import DOMAINS
@@ -210,13 +210,13 @@ def _step_sync(bench: Bench) -> str:
     setup = setup_of(bench, checking=True)
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="velopath-bench-")))
-        step.write_data(root, setup)
-        trainer = step.Velopath(setup, root, stack, record=None)
+        trainers.write_data(root, setup)
+        trainer = trainers.Velopath(setup, root, stack, record=None)
         trainer.block(4)
         graphs = _graphs()
         with _no_sync(bench.device):
             for _ in range(6):  # within the warm-up: every step has another rate
-                trainer.sampler.push(step.OTHER_SHARES)
+                trainer.sampler.push(trainers.OTHER_SHARES)
                 trainer.one_step()
         added = _graphs() - graphs
         if added:

@@ -10,19 +10,20 @@ import torch
 from benchmarks import step
 from benchmarks.bench import Bench
 from benchmarks.gpu_loss import matmul_flops_per_second
+from benchmarks.trainers import Setup
 from velopath.model import preset
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 by the vendor's data sheet (SXM), for the first name found in the device's."""
 
 
-def setup_of(bench: Bench, *, checking: bool = False) -> step.Setup:
+def setup_of(bench: Bench, *, checking: bool = False) -> Setup:
     """160M parameters, 16 rows of 2048 tokens, bf16, compiled; `checking` takes a 7M model, smoke a tiny one."""
     if bench.smoke:
         # Compiling for the CPU takes longer than everything else here together.
-        return step.Setup(bench.device, preset("tiny", vocab_size=333), rows=2, row_tokens=32)
+        return Setup(bench.device, preset("tiny", vocab_size=333), rows=2, row_tokens=32)
     model, rows, row_tokens = (preset("small"), 4, 256) if checking else (preset("160m"), 16, 2048)
-    return step.Setup(bench.device, model, rows, row_tokens, bf16=True, compile=True)
+    return Setup(bench.device, model, rows, row_tokens, bf16=True, compile=True)
 
 
 def run(bench: Bench) -> dict[str, Any]:

@@ -7,231 +7,29 @@ from numpy memmaps as in nanoGPT, `F.cross_entropy`, clipping, fused AdamW, `los
 
 from __future__ import annotations
 
-import json
-import statistics
 import tempfile
-import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from benchmarks.timing import paired_ratio, summary, take_turns, wait_for
-from velopath.dist import Dist
-from velopath.loop import Meter
-from velopath.mds import MdsWriter
-from velopath.model import Decoder, ModelConfig, preset
-from velopath.optim import build_optimizer
-from velopath.schedule import LrPath
-from velopath.session import Session
-from velopath.stream import open_sampler
-from velopath.train_step import StepResult, TrainStep
-
-SHARES = {"code": 0.4, "maths": 0.2, "prose": 0.3, "verse": 0.1}
-OTHER_SHARES = {"code": 0.1, "maths": 0.3, "prose": 0.2, "verse": 0.4}
-LOG_EVERY = 10
-PEAK = 1e-3
-Sample = dict[str, float]
-Record = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is trained where: B = `rows` rows of T = `row_tokens` tokens a step."""
-
-    device: torch.device
-    model: ModelConfig
-    rows: int
-    row_tokens: int
-    bf16: bool = False
-    compile: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.row_tokens
-
-
-class Trainer(Protocol):
-    """A contender: `block` trains n steps and says {"seconds", "wait_seconds", "steps"}."""
-
-    def block(self, steps: int) -> Sample: ...
-
-
-class PlainLoss(nn.Module):
-    """`F.cross_entropy` in the place of velopath's loss: no domains; the sums are zeros."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, tokens_BT1: Tensor, domains_B: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.decoder.logits(self.decoder(tokens_BT1[:, :-1])).flatten(0, 1)
-        loss = F.cross_entropy(logits, tokens_BT1[:, 1:].reshape(-1).long())
-        return loss, torch.zeros(2, len(SHARES), device=loss.device)
-
-
-class HandMadeDomains(nn.Module):
-    """Losses per domain as one writes them without velopath: `reduction="none"`, then `index_add`."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, tokens_BT1: Tensor, domains_B: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.decoder.logits(self.decoder(tokens_BT1[:, :-1])).flatten(0, 1)
-        nats = F.cross_entropy(logits, tokens_BT1[:, 1:].reshape(-1).long(), reduction="none").float()
-        of_row = domains_B.repeat_interleave(tokens_BT1.shape[1] - 1)
-        sums = torch.zeros(2, len(SHARES), device=nats.device)
-        sums[0].index_add_(0, of_row, nats.detach())
-        sums[1].index_add_(0, of_row, torch.ones_like(nats))
-        return nats.mean(), sums
-
-
-class OtherLossStep(TrainStep):
-    """The same step around another loss."""
-
-    def __init__(self, module: nn.Module, *args: Any, compile: bool, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._module = torch.compile(module) if compile else module  # type: ignore[assignment]
-
-
-class Velopath:
-    """The parts of `velopath.loop` at work on one sampler; `record` None trains without a log."""
-
-    def __init__(
-        self,
-        setup: Setup,
-        root: Path,
-        stack: ExitStack,
-        *,
-        record: Record | None,
-        loss: Callable[[Decoder], nn.Module] | None = None,
-    ) -> None:
-        self.setup, self.record, dist = setup, record, Dist(device=setup.device)
-        decoder = Decoder(setup.model, device=setup.device)
-        options = {"n_domains": len(SHARES), "dist": dist, "bf16": setup.bf16}
-        optimizer = build_optimizer(decoder)
-        if loss is None:
-            self.step = TrainStep(decoder, optimizer, compile=setup.compile, **options)
-        else:
-            self.step = OtherLossStep(loss(decoder), decoder, optimizer, compile=setup.compile, **options)
-        self.sampler = stack.enter_context(
-            open_sampler(
-                root / "mds",
-                rows=setup.rows,
-                row_tokens=setup.row_tokens,
-                weights=SHARES,
-                allocate=_pinned if setup.device.type == "cuda" else None,
-            )
-        )
-        self.session = Session(self.sampler, LrPath.main(peak=PEAK, warmup_steps=10))
-        self.meter = Meter(self.session, dist)
-        self._in_flight: deque[tuple[torch.cuda.Event, Any]] = deque()
-
-    def one_step(self) -> StepResult:
-        """As the body of `velopath.loop.Loop.run`."""
-        rate, batch = self.session.rate, self.session.next_batch()
-        result = self.step(self._to_device(batch.tokens), self._to_device(batch.domains), rate)
-        if self.setup.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-            self._in_flight.append((event, batch))
-            if len(self._in_flight) > 2:
-                self._in_flight.popleft()[0].synchronize()
-        self.session.on_step(torch.where(torch.isfinite(result.grad_norm), result.sums, 0.0))
-        if self.record is not None:
-            self.meter.add(result)
-            if self.session.step % LOG_EVERY == 0:
-                self.record(self.meter.record(rate))
-        return result
-
-    def block(self, steps: int) -> Sample:
-        wait_for(self.setup.device)
-        start, waited = time.perf_counter(), self.session.wait_seconds
-        for _ in range(steps):
-            self.one_step()
-        wait_for(self.setup.device)
-        spent = time.perf_counter() - start
-        return {"seconds": spent, "wait_seconds": self.session.wait_seconds - waited, "steps": steps}
-
-    def pushes(self, steps: int, every: int) -> dict[str, Any]:
-        """Step times with a push before each `every`-th, each step waited for; "ratio" of their medians."""
-        pushed: list[float] = []
-        others: list[float] = []
-        calls: list[float] = []
-        mixes = deque((OTHER_SHARES, SHARES))
-        for number in range(steps):
-            wait_for(self.setup.device)
-            start = time.perf_counter()
-            if is_push := number % every == every - 1:
-                self.sampler.push(mixes[0], reason="benchmark")
-                calls.append(time.perf_counter() - start)
-                mixes.rotate()
-            self.one_step()
-            wait_for(self.setup.device)
-            (pushed if is_push else others).append((time.perf_counter() - start) * 1e3)
-        return {
-            "pushes": len(pushed),
-            "call_ms": summary([1e3 * s for s in calls]),
-            "pushed_step_ms": summary(pushed),
-            "other_step_ms": summary(others),
-            "ratio": statistics.median(pushed) / statistics.median(others),
-        }
-
-    def _to_device(self, array: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(array).to(self.setup.device, non_blocking=True)
-
-
-class PlainLoop:
-    """The hand-written loop. `compile` compiles forward and loss; the optimiser is torch's fused AdamW."""
-
-    def __init__(self, setup: Setup, root: Path, record: Record, *, compile: bool) -> None:
-        self.setup, self.record, self.count = setup, record, 0
-        self.model = PlainLoss(Decoder(setup.model, device=setup.device))
-        self.forward = torch.compile(self.model) if compile else self.model
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
-        self.data = [np.memmap(root / f"{name}.bin", np.uint16, "r") for name in SHARES]
-        self.rng = np.random.default_rng(0)
-        self.none = torch.zeros(setup.rows, dtype=torch.int32, device=setup.device)
-
-    def batch(self) -> Tensor:
-        domains = self.rng.choice(len(self.data), self.setup.rows, p=list(SHARES.values()))
-        width = self.setup.row_tokens + 1
-        at = [int(self.rng.integers(0, len(self.data[k]) - width)) for k in domains]
-        rows = [self.data[k][i : i + width].astype(np.int64) for k, i in zip(domains, at, strict=True)]
-        tokens = torch.from_numpy(np.stack(rows))
-        if self.setup.device.type == "cuda":
-            return tokens.pin_memory().to(self.setup.device, non_blocking=True)
-        return tokens
-
-    def block(self, steps: int) -> Sample:
-        wait_for(self.setup.device)
-        start, waited = time.perf_counter(), 0.0
-        for _ in range(steps):
-            before = time.perf_counter()
-            tokens = self.batch()
-            waited += time.perf_counter() - before
-            with torch.autocast(self.setup.device.type, torch.bfloat16, enabled=self.setup.bf16):
-                loss, _ = self.forward(tokens, self.none)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.count += 1
-            if self.count % LOG_EVERY == 0:
-                self.record({"step": self.count, "loss": loss.item()})
-        wait_for(self.setup.device)
-        return {"seconds": time.perf_counter() - start, "wait_seconds": waited, "steps": steps}
+from benchmarks.timing import paired_ratio, summary, take_turns
+from benchmarks.trainers import (
+    LOG_EVERY,
+    HandMadeDomains,
+    PlainLoop,
+    PlainLoss,
+    Sample,
+    Setup,
+    Trainer,
+    Velopath,
+    record_to,
+    write_data,
+)
+from velopath.model import preset
 
 
 def run(quick: bool = False) -> dict[str, Any]:
@@ -260,9 +58,10 @@ def measure(
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="velopath-bench-")))
         write_data(root, setup)
-        record = _record_to(stack, root / "metrics.jsonl")
+        record = record_to(stack, root / "metrics.jsonl")
         contenders: dict[str, Trainer] = {
             "velopath": (ours := Velopath(setup, root, stack, record=record)),
+            "velopath, again": Velopath(setup, root, stack, record=record),
             "velopath, no log": Velopath(setup, root, stack, record=None),
             "velopath, F.cross_entropy": Velopath(setup, root, stack, record=record, loss=PlainLoss),
             "velopath, index_add": Velopath(setup, root, stack, record=record, loss=HandMadeDomains),
@@ -278,7 +77,9 @@ def measure(
             seconds=seconds,
         )
         push = ours.pushes(push_steps, every=5)
+        log = ours.log_calls(push_steps)
     found = {name: _summary(samples, setup) for name, samples in blocks.items()}
+    step_ms = found["velopath"]["step_ms"]["median"]
     return {
         "setup": {
             "parameters": setup.model.n_params,
@@ -295,6 +96,7 @@ def measure(
         "contenders": found,
         "ratios": _ratios({name: [s["seconds"] for s in samples] for name, samples in blocks.items()}),
         "push": push,
+        "log": log | {"share": log["ms_per_step"] / step_ms},
     }
 
 
@@ -324,10 +126,12 @@ def table(result: Mapping[str, Any]) -> str:
         f"| domain losses / `F.cross_entropy` | {ratios['domain losses']:.3f} |",
         f"| `index_add` by hand / `F.cross_entropy` | {ratios['index_add by hand']:.3f} |",
         f"| with a log record every {LOG_EVERY} steps / without | {ratios['logging']:.3f} |",
+        f"| the same thing twice, velopath again / velopath | {ratios['same thing twice']:.3f} |",
         f"| step right after a push / other steps ({push['pushes']} pushes) | {push['ratio']:.3f} |",
         "",
         f"A push takes {push['call_ms']['median']:.3g} ms; the step after it "
-        f"{push['pushed_step_ms']['median']:.4g} ms, other steps {push['other_step_ms']['median']:.4g} ms.",
+        f"{push['pushed_step_ms']['median']:.4g} ms, other steps {push['other_step_ms']['median']:.4g} ms. "
+        f"The log's own calls take {result['log']['ms_per_step']:.3g} ms a step, {result['log']['share']:.2%} of it.",
         "",
     ]
     return "\n".join(lines)
@@ -349,33 +153,5 @@ def _ratios(seconds: Mapping[str, list[float]]) -> dict[str, float]:
         "domain losses": paired_ratio(ours, plain),
         "index_add by hand": paired_ratio(seconds["velopath, index_add"], plain),
         "logging": paired_ratio(ours, seconds["velopath, no log"]),
+        "same thing twice": paired_ratio(seconds["velopath, again"], ours),
     }
-
-
-def write_data(root: Path, setup: Setup) -> None:
-    """Documents of made-up tokens, frequent ones first: MDS for us, the same ids in flat files for the memmap."""
-    tokens = max(500_000, 64 * setup.tokens)
-    for number, name in enumerate(SHARES):
-        rng = np.random.default_rng(number)
-        ids = (np.minimum(rng.zipf(1.2, tokens), 1 << 30) % min(setup.model.vocab_size, 1 << 16)).astype(
-            np.uint16
-        )
-        with MdsWriter(root / "mds" / name, compression=None) as writer:
-            for document in np.array_split(ids, tokens // 500):
-                writer.write(document)
-        ids.tofile(root / f"{name}.bin")
-
-
-def _record_to(stack: ExitStack, path: Path) -> Record:
-    """One JSON object a line, flushed, as a run folder keeps its metrics."""
-    file = stack.enter_context(path.open("a", encoding="utf-8"))
-
-    def record(entry: dict[str, Any]) -> None:
-        file.write(json.dumps(entry) + "\n")
-        file.flush()
-
-    return record
-
-
-def _pinned(shape: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.int32]]:
-    return torch.empty(shape, dtype=torch.int32, pin_memory=True).numpy()

@@ -1,8 +1,8 @@
 """One way to time, shared by all suites: contenders take turns in rotated order, warm; medians and quartiles.
 
 A machine's speed drifts, and what ran before leaves its caches behind. So nothing is measured to the end before
-the next thing starts: every round takes one sample of each contender, each round begins with another one, and
-ratios are taken within a round before the median is (`paired_ratio`).
+the next thing starts: every round takes one sample of each contender, in another order than the last, and ratios
+are taken within a round before the median is (`paired_ratio`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ HEAD_START_CYCLES = 4_000_000
 def take_turns(
     contenders: Mapping[str, Callable[[], T]], rounds: int, *, seconds: float = math.inf, least: int = 3
 ) -> dict[str, list[T]]:
-    """`rounds` samples of each contender, round r in the order that begins with contender r.
+    """`rounds` samples of each contender, every second round backwards, every two rounds beginning with the next.
 
-    No further round is begun after `seconds`, but `least` are finished. Warming up is the caller's.
+    Backwards, because rotation alone would always put the same contender before another. No further round is
+    begun after `seconds`, but `least` are finished. Warming up is the caller's.
     """
     names = list(contenders)
     samples: dict[str, list[T]] = {name: [] for name in names}
@@ -43,8 +44,9 @@ def take_turns(
     for turn in range(rounds):
         if turn >= least and time.perf_counter() - start > seconds:
             break
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        first = turn // 2 % len(names)
+        order = names[first:] + names[:first]
+        for name in reversed(order) if turn % 2 else order:
             samples[name].append(contenders[name]())
     return samples
 
