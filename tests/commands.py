@@ -49,7 +49,7 @@ class Process:
             if time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
                 raise TimeoutError(f"still running after {seconds} s; it wrote {self._err.read_text()!r}")
-            time.sleep(0.005)
+            time.sleep(0.01)
         return Finished(code, self._out.read_text(), self._err.read_text())
 
     def until(self, reached: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -60,7 +60,7 @@ class Process:
                 raise RuntimeError(f"ended too early: {self.wait()}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not there after {seconds} s")
-            time.sleep(0.002)
+            time.sleep(0.02)
 
 
 def start(
