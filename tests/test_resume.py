@@ -105,7 +105,7 @@ def written(folder: Path) -> int:
 def test_killed_again_and_again_at_random_points(
     jobs: dict[str, tuple[Path, dict[str, Any]]], tmp_path: Path, variant: str, seed: int
 ) -> None:
-    """Some 20 kills over the variants, wherever they fall: start, training, evaluation, save, push, branch, export.
+    """Some 20 kills and stops, wherever they fall: start, training, evaluation, save, push, branch, export.
 
     VELOPATH_KILL_ROUNDS=8 in the environment makes it 200, in under 2 minutes.
     """
@@ -121,8 +121,11 @@ def test_killed_again_and_again_at_random_points(
         time.sleep(rng.uniform(0, 0.03))
         if not process.running:
             break
-        process.signal(signal.SIGKILL)
-        process.wait()
+        number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+        process.signal(number)
+        code = process.wait(25).code
+        # 0: it was at its end; -SIGTERM: it had not begun
+        assert code in ((4, 0, -number) if number == signal.SIGTERM else (0, -number)), (code, number)
         kills += 1
     done = process.wait()
     assert done.code == 0, done.err
