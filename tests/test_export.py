@@ -24,6 +24,7 @@ from velopath.run import Run
 from velopath.runfolder import RunFolder
 from velopath.runlineage import read_lineage
 from velopath.segments import cut_version, train_main
+from velopath.verification import verify_run
 
 SLICES = {"one": {"steps": 20}, "two": {"steps": 10}}
 
@@ -140,6 +141,7 @@ def test_what_made_a_version_lies_beside_it(finished: Path) -> None:
         assert origin == {
             "title": "small",
             "model": "v2",
+            "step": 30,
             "steps": 30,
             "tokens": 30 * 128,
             "config_hash": run.config.hash,
@@ -165,6 +167,9 @@ def test_a_run_continues_from_an_export_and_knows_its_cost(
     ]
     cost = build_summary(second)["cost"]
     assert (cost["base_steps"], cost["main_steps"], cost["branch_steps"]) == (20, 8, 12)
+    assert [f.error for f in verify_run(third) if f.kind == "export"] == [
+        None
+    ]  # by its own steps, not its base's
     # The cost of a base adds up over generations.
     assert read_lineage(RunFolder(third)).cost.base_steps == 40
     assert read_lineage(RunFolder(third)).spent[0][1].tokens == 40 * 128

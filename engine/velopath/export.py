@@ -89,12 +89,13 @@ def checkpoint_folders(run: Run) -> dict[str, Path]:
 
 
 def _origin(run: Run, name: str, state: dict[str, Any]) -> dict[str, Any]:
-    """What made the model; steps and tokens count from random weights where the whole history is ours."""
+    """What made the model: `step` is this run's; steps and tokens count from random weights where all of it is ours."""
     sampler = state["session"]["sampler"]
     base = sum((cost for what, cost in read_lineage(run.folder).spent if what == "base"), Cost())
     return {
         "title": run.config.title,
         "model": name,
+        "step": state["step"],
         "steps": base.base_steps + state["step"],
         "tokens": base.tokens + state["step"] * sampler["rows"] * sampler["world"] * sampler["row_tokens"],
         "config_hash": run.config.hash,

@@ -138,8 +138,10 @@ def _export(folder: RunFolder, export: Path) -> str:
     origin: Any = read_json(export / ORIGIN)
     if not isinstance(origin, dict) or not isinstance(origin.get("model"), str):
         raise DataError("expected the model that was exported", path=export / ORIGIN, field="model")
+    if not isinstance(origin.get("step"), int):
+        raise DataError("expected the step that was exported", path=export / ORIGIN, field="step")
     segment, _, step = origin["model"].partition("@")
-    root = step_folder(folder.path / "checkpoints" / segment, int(step or origin["steps"]))
+    root = step_folder(folder.path / "checkpoints" / segment, int(step or origin["step"]))
     if not root.is_dir() and segment == MAIN:
         return f"of {origin['model']}, whose checkpoint was not kept"
     if not root.is_dir():
