@@ -210,7 +210,8 @@ def test_tampering_is_detected_and_the_file_named(name, damage, tmp_path, save):
         if damage == "link":
             path.symlink_to(tmp_path / "elsewhere")
     if name == "manifest.json" and damage == "link":
-        pytest.skip("a manifest may be reached by a link: its content is what counts")
+        load_checkpoint(step_folder(tmp_path, 1))  # may be reached by a link: its content is what counts
+        return
     named = r".*" if name == "manifest.json" else re.escape(name)
     with pytest.raises(DataError, match=named):
         load_checkpoint(step_folder(tmp_path, 1))

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
-triton = pytest.importorskip("triton")
-
-from ahead_of_time import TARGETS, Compiled, compile_for  # noqa: E402
+from ahead_of_time import TARGETS, Compiled, compile_for
 
 PINNED = "3.7.1"
 """The Triton whose registers and instructions are asserted; others only have to compile."""
