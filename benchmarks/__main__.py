@@ -84,7 +84,7 @@ def _run_suite(name: str, options: argparse.Namespace, command: str) -> None:
 
 
 def _run_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> int:
-    from benchmarks import gpu
+    from benchmarks import gpu, gpu_plots
 
     try:
         bench = gpu.prepare(
@@ -93,6 +93,9 @@ def _run_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace, comma
     except ValueError as error:
         parser.error(str(error))
     found, tables = gpu.run(bench, folder=options.out, command=command)
+    picture = report.paths(options.out, found)[0].with_suffix(".png")
+    if gpu_plots.draw(found["result"]["parts"], picture):
+        tables = f"![Loss and step times of the suite]({picture.name})\n\n{tables}"
     _publish(found, tables, options)
     return 1 if found["result"]["failed"] else 0
 

@@ -95,16 +95,26 @@ def loss_bars(result: Result) -> list[Bar]:
     ]
 
 
-def step_bars(result: Result) -> list[Bar]:
-    """Our choice: the loop may cost nothing beside a plain one, and data, push and log are not to be felt."""
+def step_bars(result: Result, *, where: str = "") -> list[Bar]:
+    """Our choice: the loop may cost nothing beside a plain one, and data, push and log are not to be felt.
+
+    Ratios whose contenders did not run are "not measured"; `where` goes before the names.
+    """
     ratios, push = result["ratios"], result["push"]
     velopath = result["contenders"]["velopath"]
     return [
-        Bar("tokens/s of the loop / best plain torch loop", ">=", 1.0, ratios["speed over plain loop"]),
-        Bar("share of a step spent waiting for data", "<=", 0.01, velopath["wait_share"]["median"]),
-        Bar("step with domain losses / with F.cross_entropy", "<=", 1.01, ratios["domain losses"]),
-        Bar("step with logging / without", "<=", 1.01, ratios["logging"]),
-        Bar("step right after a push / other steps", "<=", 1.05, push["ratio"]),
+        Bar(
+            f"{where}tokens/s of the loop / best plain torch loop",
+            ">=",
+            1.0,
+            ratios.get("speed over plain loop"),
+        ),
+        Bar(f"{where}share of a step spent waiting for data", "<=", 0.01, velopath["wait_share"]["median"]),
+        Bar(
+            f"{where}step with domain losses / with F.cross_entropy", "<=", 1.01, ratios.get("domain losses")
+        ),
+        Bar(f"{where}step with logging / without", "<=", 1.01, ratios.get("logging")),
+        Bar(f"{where}step right after a push / other steps", "<=", 1.05, push["ratio"]),
     ]
 
 
@@ -114,8 +124,9 @@ def gpu_bars(parts: Result) -> list[Bar]:
     for name, bars_of in (("logits", _logits_bars), ("linear", _linear_bars), ("domains", _domains_bars)):
         if name in parts:
             bars += bars_of(parts[name], parts.get("ceilings", {}))
-    if "step" in parts:
-        bars += step_bars(parts["step"])
+    for name, where in (("step", "160M: "), ("step_1b", "1B: ")):
+        if name in parts:
+            bars += [bar for bar in step_bars(parts[name], where=where) if bar.met is not None]
     return bars
 
 

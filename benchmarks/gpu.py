@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_checks, gpu_loss, gpu_step, losses, report
+from benchmarks import gpu_checks, gpu_loss, gpu_profile, gpu_step, losses, report
 from benchmarks.bars import gpu_bars
 from benchmarks.bench import Bench
 
@@ -32,6 +32,8 @@ PARTS: dict[str, Part] = {
     "domains": (gpu_loss.run_domains, gpu_loss.table_domains),
     "step": (gpu_step.run, gpu_step.table),
     "linear": (gpu_loss.run_linear, losses.table_shapes),
+    "profile": (gpu_profile.run, gpu_profile.table),
+    "step_1b": (gpu_step.run_1b, gpu_step.table),
 }
 """In the order in which they run: what matters most first, the longest last."""
 

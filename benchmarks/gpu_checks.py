@@ -207,7 +207,7 @@ def _loss_sync(bench: Bench) -> str:
 
 def _step_sync(bench: Bench) -> str:
     """Batches are drawn and pushed for, rates change; only the log's record may wait."""
-    setup = setup_of(bench, checking=True)
+    setup = setup_of(bench, size="check")
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="velopath-bench-")))
         trainers.write_data(root, setup)

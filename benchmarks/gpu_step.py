@@ -1,8 +1,8 @@
-"""The compiled training step of a 160M model on the GPU: `benchmarks.step` there, with MFU."""
+"""The compiled training step on the GPU: `benchmarks.step` there, for a 160M and a 1B model, with MFU."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,22 +16,42 @@ from velopath.model import preset
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense bf16 by the vendor's data sheet (SXM), for the first name found in the device's."""
 
+FEW = ("velopath, F.cross_entropy", "plain loop, compiled", "plain loop, torchtitan's Llama")
+"""What is trained beside ours at 1B: 16 bytes a parameter each, so not all fit together."""
 
-def setup_of(bench: Bench, *, checking: bool = False) -> Setup:
-    """160M parameters, 16 rows of 2048 tokens, bf16, compiled; `checking` takes a 7M model, smoke a tiny one."""
+
+def setup_of(bench: Bench, *, size: str = "160m") -> Setup:
+    """bf16, compiled, 32k (160m) or 8k (1b) tokens a step; "check" is a 7M model, smoke takes a tiny one for all."""
     if bench.smoke:
         # Compiling for the CPU takes longer than everything else here together.
         return Setup(bench.device, preset("tiny", vocab_size=333), rows=2, row_tokens=32)
-    model, rows, row_tokens = (preset("small"), 4, 256) if checking else (preset("160m"), 16, 2048)
-    return Setup(bench.device, model, rows, row_tokens, bf16=True, compile=True)
+    name, rows, row_tokens = {"check": ("small", 4, 256), "160m": ("160m", 16, 2048), "1b": ("1b", 4, 2048)}[
+        size
+    ]
+    return Setup(bench.device, preset(name), rows, row_tokens, bf16=True, compile=True)
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """`step.measure` and "mfu": each contender's share of the measured matmul rate and of the data sheet's."""
-    setup = setup_of(bench)
+    """The 160M model beside every other loop; see `measure`."""
+    return measure(bench, setup_of(bench), share=0.5)
+
+
+def run_1b(bench: Bench) -> dict[str, Any]:
+    """The 1B model beside `FEW`. Raises `TimeoutError` where too little time is left to compile it."""
+    if bench.seconds_left < 200 and not bench.smoke:
+        raise TimeoutError(
+            f"{bench.seconds_left:.0f} s are left and compiling takes about 200: run it with --only step_1b"
+        )
+    return measure(bench, setup_of(bench, size="1b"), share=0.6, only=FEW)
+
+
+def measure(bench: Bench, setup: Setup, *, share: float, only: Sequence[str] = ()) -> dict[str, Any]:
+    """`step.measure` within `share` of the time left, and "mfu": of the measured matmul rate, of the data sheet's."""
     steps, pushed = (2, 10) if bench.smoke else (10, 60)
-    seconds = max(bench.seconds_left / 2, 10)
-    result = step.measure(setup, rounds=bench.rounds(15), steps=steps, push_steps=pushed, seconds=seconds)
+    seconds = max(bench.seconds_left * share, 10)
+    result = step.measure(
+        setup, rounds=bench.rounds(15), steps=steps, push_steps=pushed, seconds=seconds, only=only
+    )
     ceiling, name = matmul_flops_per_second(bench), _device_name(bench)
     peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
     flops = setup.model.flops_per_token(setup.row_tokens)

@@ -8,20 +8,24 @@ from numpy memmaps as in nanoGPT, `F.cross_entropy`, clipping, fused AdamW, `los
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.timing import paired_ratio, summary, take_turns
+from benchmarks.titan import TitanLoss
 from benchmarks.trainers import (
     LOG_EVERY,
     HandMadeDomains,
     PlainLoop,
     PlainLoss,
+    Record,
     Sample,
     Setup,
     Trainer,
@@ -48,27 +52,34 @@ def run(quick: bool = False) -> dict[str, Any]:
 
 
 def measure(
-    setup: Setup, *, rounds: int, steps: int, push_steps: int, seconds: float = float("inf")
+    setup: Setup,
+    *,
+    rounds: int,
+    steps: int,
+    push_steps: int,
+    seconds: float = float("inf"),
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """{"setup", "rounds", "contenders", "ratios", "push"} of blocks of `steps` steps, in turns.
+    """{"setup", "rounds", "contenders", "left_out", "ratios", "push"} of blocks of `steps` steps, in turns.
 
     A contender holds tokens/s, milliseconds of a step and the share of it spent waiting for data. Ratios of step
-    times are medians over pairs of blocks of one round. No further round is begun after `seconds`.
+    times are medians over pairs of blocks of one round. No further round is begun after `seconds`. `only` names
+    the contenders to take beside "velopath": each holds a model and its optimiser, so a large one has room for few.
     """
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="velopath-bench-")))
         write_data(root, setup)
         record = record_to(stack, root / "metrics.jsonl")
-        contenders: dict[str, Trainer] = {
-            "velopath": (ours := Velopath(setup, root, stack, record=record)),
-            "velopath, again": Velopath(setup, root, stack, record=record),
-            "velopath, no log": Velopath(setup, root, stack, record=None),
-            "velopath, F.cross_entropy": Velopath(setup, root, stack, record=record, loss=PlainLoss),
-            "velopath, index_add": Velopath(setup, root, stack, record=record, loss=HandMadeDomains),
-            "plain loop": PlainLoop(setup, root, record, compile=False),
-        }
-        if setup.compile:
-            contenders["plain loop, compiled"] = PlainLoop(setup, root, record, compile=True)
+        kinds = _kinds(setup, root, stack, record)
+        contenders: dict[str, Trainer] = {"velopath": (ours := Velopath(setup, root, stack, record=record))}
+        left_out = []
+        for name, make in kinds.items():
+            if only and name not in only:
+                continue
+            try:
+                contenders[name] = make()
+            except (ImportError, ValueError) as error:
+                left_out.append(f"{name}: {type(error).__name__}: {error}")
         for trainer in contenders.values():
             trainer.block(3)
         blocks = take_turns(
@@ -94,6 +105,7 @@ def measure(
         "rounds": len(blocks["velopath"]),
         "steps_per_block": steps,
         "contenders": found,
+        "left_out": left_out,
         "ratios": _ratios({name: [s["seconds"] for s in samples] for name, samples in blocks.items()}),
         "push": push,
         "log": log | {"share": log["ms_per_step"] / step_ms},
@@ -116,17 +128,14 @@ def table(result: Mapping[str, Any]) -> str:
     compiled = ", compiled" if setup["compiled"] else ""
     lines += [
         "",
+        *(f"Left out: {why}." for why in result.get("left_out", ())),
         f"{setup['parameters'] / 1e6:.3g}M parameters, V={setup['vocab']}, {setup['rows']} x {setup['row_tokens']} "
         f"tokens a step, {setup['dtype']}{compiled}, torch threads on the CPU: {setup['threads']}; {result['rounds']} "
         f"rounds of {result['steps_per_block']} steps each, in turns.",
         "",
         "| step time, median of paired rounds | ratio |",
         "|---|--:|",
-        f"| plain loop (the best) / velopath | {ratios['speed over plain loop']:.3f} |",
-        f"| domain losses / `F.cross_entropy` | {ratios['domain losses']:.3f} |",
-        f"| `index_add` by hand / `F.cross_entropy` | {ratios['index_add by hand']:.3f} |",
-        f"| with a log record every {LOG_EVERY} steps / without | {ratios['logging']:.3f} |",
-        f"| the same thing twice, velopath again / velopath | {ratios['same thing twice']:.3f} |",
+        *(f"| {RATIOS[name][0]} | {ratio:.3f} |" for name, ratio in ratios.items()),
         f"| step right after a push / other steps ({push['pushes']} pushes) | {push['ratio']:.3f} |",
         "",
         f"A push takes {push['call_ms']['median']:.3g} ms; the step after it "
@@ -145,13 +154,51 @@ def _summary(samples: list[Sample], setup: Setup) -> dict[str, Any]:
     }
 
 
-def _ratios(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    ours, plain = seconds["velopath"], seconds["velopath, F.cross_entropy"]
-    loops = [name for name in seconds if name.startswith("plain loop")]
-    return {
-        "speed over plain loop": min(paired_ratio(seconds[name], ours) for name in loops),
-        "domain losses": paired_ratio(ours, plain),
-        "index_add by hand": paired_ratio(seconds["velopath, index_add"], plain),
-        "logging": paired_ratio(ours, seconds["velopath, no log"]),
-        "same thing twice": paired_ratio(seconds["velopath, again"], ours),
+def _kinds(setup: Setup, root: Path, stack: ExitStack, record: Record) -> dict[str, Callable[[], Trainer]]:
+    """The contenders beside "velopath", by name, not made yet."""
+
+    def loop(compile: bool, model: Callable[[], nn.Module] | None = None) -> Trainer:
+        return PlainLoop(setup, root, record, compile=compile, model=model() if model else None)
+
+    kinds: dict[str, Callable[[], Trainer]] = {
+        "velopath, again": lambda: Velopath(setup, root, stack, record=record),
+        "velopath, no log": lambda: Velopath(setup, root, stack, record=None),
+        "velopath, F.cross_entropy": lambda: Velopath(setup, root, stack, record=record, loss=PlainLoss),
+        "velopath, index_add": lambda: Velopath(setup, root, stack, record=record, loss=HandMadeDomains),
+        "plain loop": lambda: loop(False),
     }
+    if setup.compile:
+        kinds["plain loop, compiled"] = lambda: loop(True)
+    if setup.device.type == "cuda" or find_spec("torchtitan"):
+
+        def titan() -> nn.Module:
+            return TitanLoss(setup.model, setup.row_tokens, setup.device)
+
+        kinds["plain loop, torchtitan's Llama"] = lambda: loop(setup.compile, titan)
+    return kinds
+
+
+RATIOS = {
+    "speed over plain loop": ("plain loop (the best) / velopath", None, "velopath"),
+    "speed over torchtitan's Llama": (
+        "plain loop with torchtitan's Llama / velopath", "plain loop, torchtitan's Llama", "velopath",
+    ),
+    "domain losses": ("domain losses / `F.cross_entropy`", "velopath", "velopath, F.cross_entropy"),
+    "index_add by hand": (
+        "`index_add` by hand / `F.cross_entropy`", "velopath, index_add", "velopath, F.cross_entropy",
+    ),
+    "logging": (f"with a log record every {LOG_EVERY} steps / without", "velopath", "velopath, no log"),
+    "same thing twice": ("the same thing twice, velopath again / velopath", "velopath, again", "velopath"),
+}  # fmt: skip
+"""Name -> (how the table calls it, contender above, contender below); None: the fastest plain loop."""
+
+
+def _ratios(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """The ratios whose contenders were measured."""
+    found = {}
+    for name, (_, above, below) in RATIOS.items():
+        loops = [n for n in ("plain loop", "plain loop, compiled") if n in seconds]
+        uppers = [n for n in ([above] if above else loops) if n in seconds]
+        if uppers and below in seconds:
+            found[name] = min(paired_ratio(seconds[upper], seconds[below]) for upper in uppers)
+    return found

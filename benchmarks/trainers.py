@@ -201,11 +201,16 @@ class Velopath:
 
 
 class PlainLoop:
-    """The hand-written loop. `compile` compiles forward and loss; the optimiser is torch's fused AdamW."""
+    """The hand-written loop. `compile` compiles forward and loss; the optimiser is torch's fused AdamW.
 
-    def __init__(self, setup: Setup, root: Path, record: Record, *, compile: bool) -> None:
+    `model` (tokens, domains) -> (loss, anything) takes the place of our decoder with `F.cross_entropy`.
+    """
+
+    def __init__(
+        self, setup: Setup, root: Path, record: Record, *, compile: bool, model: nn.Module | None = None
+    ) -> None:
         self.setup, self.record, self.count = setup, record, 0
-        self.model = PlainLoss(Decoder(setup.model, device=setup.device))
+        self.model = model or PlainLoss(Decoder(setup.model, device=setup.device))
         self.forward = torch.compile(self.model) if compile else self.model
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=0.1, fused=True

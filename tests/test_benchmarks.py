@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed package
 
-from benchmarks import bars, gpu, losses, report, timing  # noqa: E402
+from benchmarks import bars, gpu, gpu_profile, losses, report, timing  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 
 FIELDS = {
@@ -243,7 +243,29 @@ def test_gpu_suite_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all(math.isfinite(value) for _, value in numbers(result["parts"]))
     page = capsys.readouterr().out
     assert all(f"## {name}" in page for name in gpu.PARTS)
+    assert set(result["parts"]["step_1b"]["contenders"]) == {"velopath", "velopath, F.cross_entropy"}
+    shapes = result["parts"]["profile"]["shapes"]
+    assert any("velopath::linear_cross_entropy" in shape["kernels"] for shape in shapes)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert f"]({path.stem}.png)" in page
     assert "numbers and bars mean nothing" in page
+
+
+def test_counters_of_the_profiler() -> None:
+    """The table that `ncu --csv` prints, units and thousands' separators resolved."""
+    printed = (
+        "==PROF== Connected to process 1\n"
+        '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","cross_entropy_rows","dram__bytes_read.sum","Gbyte","1.05"\n'
+        '"0","cross_entropy_rows","dram__bytes_write.sum","Mbyte","524.25"\n'
+        '"0","cross_entropy_rows","gpu__time_duration.sum","us","1,312.5"\n'
+        '"0","cross_entropy_rows","lts__t_sector_hit_rate.pct","%","48.5"\n'
+    )
+    assert gpu_profile.read_counters(printed) == {
+        "GB read": 1.05, "GB written": pytest.approx(0.52425), "ms": pytest.approx(1.3125), "L2 hits, %": 48.5,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no table: ==ERROR== no permission"):
+        gpu_profile.read_counters("==ERROR== no permission")
 
 
 def test_peers_that_fail_are_left_out() -> None:
