@@ -36,10 +36,11 @@ def draw(parts: Mapping[str, Any], path: Path) -> Path | None:
         axes.barh(names, values, xerr=spread, color=[_colour(name) for name in names], ecolor="#404040")
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel(unit)
-        axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(0, 1.15 * max(bar["high"] for bar in bars.values()))
         for name, value in zip(names, values, strict=True):
-            axes.annotate(f" {value:,.3g}", (value, name), va="center", fontsize=8)
+            text = f"  {value:,.0f}" if value >= 1000 else f"  {value:.3g}"
+            axes.annotate(text, (bars[name]["high"], name), va="center", fontsize=8)
     figure.savefig(path, dpi=120)
     return path
 
@@ -56,7 +57,7 @@ def _panels(parts: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
         if part in parts:
             size = parts[part]["setup"]["parameters"] / 1e6
             bars = {name: found["tokens_per_second"] for name, found in parts[part]["contenders"].items()}
-            panels.append((f"training step, {size:,.0f}M parameters", "tokens/s", bars))
+            panels.append((f"training step, {size:,.3g}M parameters", "tokens/s", bars))
     return panels
 
 
