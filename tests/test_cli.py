@@ -306,3 +306,8 @@ def test_targets_prints_the_laws(config_file: Path, tmp_path: Path) -> None:
     assert "Target losses" in done.out and "/ D^" in done.out and "proxy: 20 steps, 2,560 tokens" in done.out
     again = velopath("targets", config_file, "--run", folder, "proxy.steps=20", "proxy.points=4")
     assert again.code == 0 and "--force fits it anew" in again.out
+
+
+def test_help_names_an_extra_in_full() -> None:
+    """Square brackets are markup to the help's renderer, which drops what it does not know."""
+    assert "velopath[corpora]" in velopath("prepare", "--help").out.replace("\n", " ")

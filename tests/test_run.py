@@ -283,3 +283,16 @@ def test_the_signal_handlers_are_given_back(data: Path, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     train(config(data), tmp_path, 2)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_the_time_of_a_killed_command_counts(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """run.json is written while training: what a process that never ends in order has spent stands there."""
+    monkeypatch.setattr("velopath.run.HEARTBEAT_SECONDS", 0.0)
+    with Run.open(config(data), tmp_path, command="test") as run:
+        train_main(run, 5)
+        about = json.loads((tmp_path / "run.json").read_text())  # as a kill here would leave it
+        logged = sum(r["seconds"] for r in run.folder.metrics("step"))
+    assert about["state"] == "running"
+    assert 0 < logged <= about["seconds"]

@@ -24,6 +24,14 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run", create=True)
 
 
+def test_at_the_border_of_two_slices_both_have_their_records(tmp_path: Path) -> None:
+    """The old slice's last evaluation and the new one's first stand at the same step."""
+    folder = RunFolder(tmp_path)
+    for slice in ("one", "two", "two"):
+        folder.append_metric({"kind": "eval", "segment": "main", "step": 40, "slice": slice, "loss": {}})
+    assert [r["slice"] for r in folder.metrics("eval", "main")] == ["one", "two"]
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere: no such run folder"):
         RunFolder(tmp_path / "nowhere")

@@ -288,3 +288,12 @@ def test_a_branch_begun_otherwise_is_not_continued(
             assert "16" in str(error.value) and "linear" in str(error.value)
         version = cut_version(run, "v3", at=16, steps=10, shape="linear")
     assert (version.branch_step, version.steps, version.step) == (16, 10, 26)
+
+
+def test_a_branch_at_step_0_is_refused_before_training(data: Path, tmp_path: Path) -> None:
+    with opened(config(data, path__branch_share=1, path__warmup_steps=0), tmp_path) as run:
+        message = "version 'v1' would leave the main path at step 0, before its first update: lower"
+        with pytest.raises(ConfigError, match=message):
+            train_main(run)
+        with pytest.raises(ConfigError, match=message):
+            cut_version(run, "v1")

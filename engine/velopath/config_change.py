@@ -40,7 +40,7 @@ def check_unchanged(recorded: RunConfig, given: RunConfig, where: Path, world: i
         old["data"]["slices"] = new["data"]["slices"] = {}
     lines += [
         f"  {key}: {before!r} -> {after!r}{_rows_a_step(key, before, after, world)}"
-        for key, before, after in _differences(old, new)
+        for key, before, after in differences(old, new)
         if not any(key == free or key.startswith(f"{free}.") for free in FREE)
     ]
     if lines:
@@ -80,9 +80,13 @@ def split_rows(
     return recorded.model_copy(update={"train": split})
 
 
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) of every leaf in which two trees of maps and lists of one length differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in old | new:
-            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+    elif isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == len(new):
+        for number, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from differences(before, after, f"{key}.{number}")
     elif old != new:
         yield key, old, new

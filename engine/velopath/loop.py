@@ -287,6 +287,7 @@ class Meter:
             "tokens": tokens,
             "tokens_per_second": steps * tokens / seconds,
             "data_wait_share": (session.wait_seconds - self._wait) / seconds,
+            "seconds": time.perf_counter() - self._start,  # evaluations and saves included
             "skipped": round(skipped / self._dist.world),
             "stream": session.stream_hash,
         }

@@ -37,6 +37,8 @@ from velopath.session import Session
 from velopath.stream import domain_folders, open_sampler
 
 MAIN = "main"
+HEARTBEAT_SECONDS = 30.0
+"""run.json is written again this often while training, so that a killed command's time counts too."""
 Mode = Literal["train", "append", "read"]
 """How a run is opened: to train; to add an export, leaving run.json as it is; only to look, without its lock."""
 
@@ -131,10 +133,11 @@ class Run:
         self._stack.close()
 
     def _write_about(self, state: str) -> None:
-        """run.json: first start, seconds of all commands so far, what ran where."""
+        """run.json: first start, seconds of all commands so far, also of killed ones, what ran where."""
         before = self.folder.read_json("run.json") or {}
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        spent = time.perf_counter() - self._clock
+        spent = time.perf_counter() - self._clock  # since it was last written: a kill loses no more than that
+        before_opening, self.seconds_before = self.seconds_before, 0.0
         self._clock = time.perf_counter()
         about = {
             "name": self.config.title,
@@ -142,8 +145,7 @@ class Run:
             "state": state,
             "started": before.get("started", now),
             "ended": None if state == "running" else now,
-            "seconds": before.get("seconds", 0.0)
-            + (0.0 if state == "running" else spent + self.seconds_before),
+            "seconds": before.get("seconds", 0.0) + spent + before_opening,
             "seed": self.config.seed,
             "world": self.dist.world,
             "global_rows": self.config.train.rows * self.dist.world,
@@ -157,6 +159,8 @@ class Run:
         if self.dist.is_main:
             self.folder.append_metric(record)
             self._watch(record)
+            if self.mode == "train" and time.perf_counter() - self._clock > HEARTBEAT_SECONDS:
+                self._write_about("running")
 
     def begin(self, segment: str, step: int, until: int) -> None:
         """A segment starts or goes on at `step`: earlier records of it beyond that step are void."""
@@ -309,7 +313,7 @@ class Run:
                 controller=controller,
                 every=self.config.control.every,
                 reduce=self.dist.all_reduce_sum,
-                record=self.log,
+                record=lambda record: self.log({**record, "slice": piece.slice}),
                 segment=segment,
             )
             if known is not None:

@@ -22,14 +22,15 @@ which counts the updates done:
 
 | kind | further fields |
 | --- | --- |
-| `step` | `loss` nats, `rate`, `tokens` per step, `tokens_per_second`, `grad_norm`, `data_wait_share`, `stream` |
+| `step` | `loss`, `rate`, `tokens` a step, `tokens_per_second`, `grad_norm`, `stream`, `data_wait_share`, `seconds` |
 | `eval` | `loss` {domain: nats}, `tokens` {domain: held-out tokens}, `slice` |
 | `version` | as `eval`, on the larger sample that a version is judged by: at its branch point and its end |
-| `control` | `weights`, `velocity` or null, `initial`, `target`, `flagged`, `clipped`, `reason` |
+| `control` | `weights`, `velocity` or null, `initial`, `target`, `flagged`, `clipped`, `reason`, `slice` |
 | `exposure` | `domains` {domain: {`rows`, `tokens`, `epochs`, `unique_tokens`}} of the `slice` so far, global |
 | `sampler` | `tokens_per_second` of the sampler alone |
 | `resume` | nothing: the segment went on from its checkpoint at `step`; its earlier records beyond are void |
 
+`seconds` is the wall time since the record before, evaluations and saves included.
 `stream` is the hash of all (step, domain, row) ids that the segment's slice has given up to `step`, the same whatever
 the number of ranks, see `velopath.stream_order`; `velopath replay` computes it again from the logs in `audit/`.
 """
@@ -94,7 +95,7 @@ class RunFolder:
         _write_all(self._metrics, _line(record))
 
     def metrics(self, kind: str | None = None, segment: str | None = None) -> list[Record]:
-        """The records in force, in the order written: of several per (segment, kind, step) the last.
+        """The records in force, in the order written: of several per (segment, kind, step, slice) the last.
 
         A resumed run writes the steps after its checkpoint again; a `resume` record voids what its segment
         had beyond that step. A torn last line is skipped. Raises `DataError` on any other
@@ -102,7 +103,8 @@ class RunFolder:
         """
         kept: dict[tuple[Any, ...], Record] = {}
         for record in self.records():
-            key: tuple[Any, ...] = (record.get("segment"), record.get("kind"), record.get("step"))
+            names = ("segment", "kind", "step", "slice")
+            key: tuple[Any, ...] = tuple(record.get(name) for name in names)
             if key[1] == "resume":
                 kept = {k: r for k, r in kept.items() if k[0] != key[0] or (k[2] or 0) <= key[2]}
                 continue
@@ -110,7 +112,7 @@ class RunFolder:
             kept[key] = record
         return [
             r
-            for (seg, kin, _), r in kept.items()
+            for (seg, kin, _, _), r in kept.items()
             if (kind is None or kin == kind) and (segment is None or seg == segment)
         ]
 

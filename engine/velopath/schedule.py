@@ -7,140 +7,38 @@ from 0 over the whole path (a branch keeps the main path's count).
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from velopath.errors import ConfigError
+from velopath.plan import branch_steps
+from velopath.schedule_segment import MULTISTEP as MULTISTEP
+from velopath.schedule_segment import SHAPES as SHAPES
+from velopath.schedule_segment import RateSegment, check_rate, check_steps, decay_segment
 
-SHAPES = ("cosine", "linear", "sqrt", "knee", "multistep", "exponential")
-MULTISTEP = ((0.8, 0.316), (0.9, 0.316))
-"""Factors 0.316 at 80 % and at 90 % of the decay: one published setting; together a factor of 0.1."""
-
-
-@dataclass(frozen=True)
-class RateSegment:
-    """One piece of a path, from update `start` on; `steps` long (None: for ever).
-
-    Let S be the steps after the warm-up, x = (s - start - warmup_steps) / S, p = `peak`, f = `floor`:
-
-    - warm-up: the rate rises evenly from `warm_from`, which it leaves with its first update, to p
-    - constant: p
-    - cosine: f + (p - f) / 2 * (1 + cos(pi x))
-    - linear: f + (p - f) * (1 - x)
-    - sqrt: f + (p - f) * (1 - sqrt(x))  (Haegele et al. 2024)
-    - knee: p while x < `hold`, then linear to f over the rest
-    - multistep: max(f, p * the product of the factors whose fraction is <= x), for `factors` (fraction, factor)
-    - exponential: max(f, p * 2^(-x S / half_life))  (WSD)
-
-    After its last update the rate is f. Rates in the optimiser's unit, lengths in steps.
-    """
-
-    start: int
-    steps: int | None
-    peak: float
-    floor: float = 0.0
-    shape: str = "constant"
-    warmup_steps: int = 0
-    warm_from: float = 0.0
-    hold: float = 0.5
-    factors: tuple[tuple[float, float], ...] = MULTISTEP
-    half_life: float | None = None
-
-    def __post_init__(self) -> None:
-        known = ("constant", *SHAPES)
-        if self.shape not in known:
-            raise ConfigError(f"shape is {self.shape!r}; expected one of {', '.join(known)}")
-        _check_rate("peak", self.peak, above=0.0)
-        _check_rate("floor", self.floor)
-        if self.floor > self.peak:
-            raise ConfigError(
-                f"floor {self.floor} is above the peak {self.peak}; both are rates: expected 0 <= floor <= peak"
-            )
-        _check_steps("start", self.start, 0)
-        _check_steps("warmup_steps", self.warmup_steps, 0)
-        if self.steps is None:
-            if self.shape != "constant":
-                raise ConfigError(f"a {self.shape} decay needs a number of steps")
-        else:
-            _check_steps("steps", self.steps, 1)
-            if self.warmup_steps >= self.steps and self.shape != "constant":
-                raise ConfigError(
-                    f"a warm-up of {self.warmup_steps} steps leaves nothing of {self.steps} steps; "
-                    "shorten the warm-up"
-                )
-        if not 0 <= self.hold < 1:
-            raise ConfigError(f"hold is {self.hold}; expected a share of the decay in [0, 1)")
-        if self.half_life is not None and not (math.isfinite(self.half_life) and self.half_life > 0):
-            raise ConfigError(f"half_life is {self.half_life}; expected a positive number of steps")
-        for fraction, factor in self.factors:
-            if not (0 <= fraction <= 1 and 0 < factor <= 1):
-                raise ConfigError(
-                    f"multi-step factor {factor} at fraction {fraction}; expected a fraction in [0, 1] and a "
-                    "factor in (0, 1]"
-                )
-
-    @property
-    def end(self) -> int | None:
-        """The first update after the segment; None when it never ends."""
-        return None if self.steps is None else self.start + self.steps
-
-    @property
-    def decay_from(self) -> int | None:
-        """The first update of the decay; None when there is none."""
-        return None if self.shape == "constant" else self.start + self.warmup_steps
-
-    def rate(self, step: int) -> float:
-        """The rate of update `step` >= start."""
-        done = step - self.start
-        if done < self.warmup_steps:
-            return self.warm_from + (self.peak - self.warm_from) * ((done + 1) / self.warmup_steps)
-        if self.steps is None:
-            return self.peak
-        if done >= self.steps:
-            return self.peak if self.shape == "constant" else self.floor
-        return self._decayed(done - self.warmup_steps, self.steps - self.warmup_steps)
-
-    def _decayed(self, done: int, steps: int) -> float:
-        x, drop = done / steps if steps else 0.0, self.peak - self.floor
-        match self.shape:
-            case "cosine":
-                return self.floor + drop / 2 * (1 + math.cos(math.pi * x))
-            case "linear":
-                return self.floor + drop * (1 - x)
-            case "sqrt":
-                return self.floor + drop * (1 - math.sqrt(x))
-            case "knee":
-                return self.peak if x < self.hold else self.floor + drop * ((1 - x) / (1 - self.hold))
-            case "multistep":
-                factor = math.prod(factor for fraction, factor in self.factors if fraction <= x)
-                return max(self.floor, self.peak * factor)
-            case "exponential":
-                # Eight half-lives by default: 0.4 % of the peak is left at the end. Our choice.
-                half_life = self.half_life if self.half_life is not None else steps / 8
-                return max(self.floor, self.peak * math.exp2(-done / half_life))
-        return self.peak
+Kind = Literal["main", "branch", "ptfs", "cpt", "wsd", "wsd_s", "infinite"]
 
 
 @dataclass(frozen=True)
 class LrPath:
     """A learning-rate path: segments in order, each of which rules from its start to the next one's.
 
-    Made by `main`, `branch`, `ptfs` and `cpt`. A frozen value that knows no optimiser: set
-    ``group["lr"] = path.rate(step)`` before update `step`. After its end a path stays at its last floor.
+    Made by `main`, `branch`, `ptfs`, `cpt`, `wsd`, `wsd_s` and `infinite`. A frozen value that knows no optimiser: set
+    ``group["lr"] = path.rate(step)`` before update `step`, or give `multiplier` to torch's LambdaLR. After its end a
+    path stays at its last floor.
     """
 
-    kind: Literal["main", "branch", "ptfs", "cpt"]
+    kind: Kind
     segments: tuple[RateSegment, ...]
 
     def __post_init__(self) -> None:
-        if self.kind not in ("main", "branch", "ptfs", "cpt"):
-            raise ConfigError(f"kind of path is {self.kind!r}; expected main, branch, ptfs or cpt")
+        if self.kind not in get_args(Kind):
+            raise ConfigError(f"kind of path is {self.kind!r}; expected one of {', '.join(get_args(Kind))}")
         starts = [segment.start for segment in self.segments]
         if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
             raise ConfigError(f"segments start at {starts}; expected rising steps from 0")
@@ -165,7 +63,7 @@ class LrPath:
     ) -> LrPath:
         """Training from scratch in one go: `steps` updates in all, warm-up in the first `warmup_steps`, then one
         decay over all the others. `options` as in `branch`."""
-        return cls("ptfs", (_segment(0, steps, peak, floor, shape, warmup_steps, 0.0, options),))
+        return cls("ptfs", (decay_segment(0, steps, peak, floor, shape, warmup_steps, 0.0, options),))
 
     @classmethod
     def cpt(
@@ -189,17 +87,17 @@ class LrPath:
 
         The baselines of LR path switching; `options` as in `branch`.
         """
-        lengths = [operator.index(n) for n in steps]
-        if not lengths:
-            raise ConfigError("no slices: expected the steps of at least one")
+        lengths = _lengths(steps)
         if mode == "one_decay":
-            return cls("cpt", (_segment(0, sum(lengths), peak, floor, shape, warmup_steps, 0.0, options),))
-        first = _segment(0, lengths[0], peak, floor, shape, warmup_steps, 0.0, options)
+            return cls(
+                "cpt", (decay_segment(0, sum(lengths), peak, floor, shape, warmup_steps, 0.0, options),)
+            )
+        first = decay_segment(0, lengths[0], peak, floor, shape, warmup_steps, 0.0, options)
         starts = np.cumsum([0, *lengths]).tolist()
         if mode == "rewarm":
             again = warmup_steps if rewarm_steps is None else rewarm_steps
             rest = [
-                _segment(start, length, peak, floor, shape, again, floor, options)
+                decay_segment(start, length, peak, floor, shape, again, floor, options)
                 for start, length in zip(starts[1:-1], lengths[1:], strict=True)
             ]
         elif mode == "end_rate":
@@ -215,6 +113,82 @@ class LrPath:
             raise ConfigError(f"mode is {mode!r}; expected 'rewarm', 'end_rate' or 'one_decay'")
         return cls("cpt", (first, *rest))
 
+    @classmethod
+    def wsd(
+        cls,
+        peak: float,
+        warmup_steps: int,
+        steps: int,
+        decay_share: float = 0.1,
+        shape: str = "sqrt",
+        floor: float = 0.0,
+        **options: Any,
+    ) -> LrPath:
+        """Warm-up, stable, decay: `steps` updates in all, the last round(decay_share * steps) of them one decay.
+
+        The decay of 10 to 20 % of the steps is the published habit (WSD, from memory); `options` as in `branch`.
+        """
+        decay = branch_steps(steps, decay_share)
+        path = cls.main(peak, warmup_steps).branch(steps - decay, decay, shape, floor, **options)
+        return cls("wsd", path.segments)
+
+    @classmethod
+    def wsd_s(
+        cls,
+        peak: float,
+        steps: Sequence[int],
+        warmup_steps: int = 0,
+        *,
+        decay_share: float = 0.1,
+        rewarm_steps: int = 0,
+        shape: str = "sqrt",
+        floor: float = 0.0,
+        **options: Any,
+    ) -> LrPath:
+        """One model through slices of `steps` updates: each slice's last round(decay_share * T) updates decay, and the
+        next goes on from the *decayed* checkpoint at the peak, at once or over `rewarm_steps`.
+
+        WSD-S: as cheap as CPT, no second copy of the model. `options` as in `branch`.
+        """
+        lengths = _lengths(steps)
+        segments, start = [], 0
+        for number, length in enumerate(lengths):
+            decay = branch_steps(length, decay_share)
+            again = rewarm_steps if number else warmup_steps
+            check_steps("rewarm_steps", again, 0)
+            if length - decay < again:
+                raise ConfigError(
+                    f"slice {number + 1} has {length} steps: a warm-up of {again} and a decay of {decay} do not fit"
+                )
+            if decay < length:
+                segments.append(
+                    RateSegment(start, None, peak, warmup_steps=again, warm_from=floor if number else 0.0)
+                )
+            segments.append(decay_segment(start + length - decay, decay, peak, floor, shape, 0, 0.0, options))
+            start += length
+        return cls("wsd_s", tuple(segments))
+
+    @classmethod
+    def infinite(
+        cls,
+        peak: float,
+        constant: float,
+        warmup_steps: int,
+        cooldown_steps: int,
+        shape: str = "cosine",
+        **options: Any,
+    ) -> LrPath:
+        """The infinite rate: warm-up to `peak`, cool-down over `cooldown_steps` to `constant`, which it keeps for ever.
+
+        Anneal on demand by `branch`. The name and the phases are published (from memory); `options` as in `branch`.
+        """
+        check_steps("warmup_steps", warmup_steps, 0)
+        check_steps("cooldown_steps", cooldown_steps, 1)
+        check_rate("constant", constant, above=0.0)
+        end = warmup_steps + cooldown_steps
+        first = decay_segment(0, end, peak, constant, shape, warmup_steps, 0.0, options)
+        return cls("infinite", (first, RateSegment(end, None, constant)))
+
     def branch(
         self, at_step: int, steps: int, shape: str = "cosine", floor: float = 0.0, **options: Any
     ) -> LrPath:
@@ -226,8 +200,8 @@ class LrPath:
         `half_life` (exponential, steps); formulas in `RateSegment`. Raises `ConfigError` inside the warm-up,
         where the rate is not yet the peak, and at or after the end of this path.
         """
-        _check_steps("at_step", at_step, 0)
-        _check_steps("steps", steps, 1)
+        check_steps("at_step", at_step, 0)
+        check_steps("steps", steps, 1)
         if self.end_step is not None and at_step >= self.end_step:
             raise ConfigError(f"branch at step {at_step}, but the path ends at step {self.end_step}")
         if at_step < self.warmup_steps - 1:
@@ -235,7 +209,7 @@ class LrPath:
                 f"branch at step {at_step} lies inside the warm-up of {self.warmup_steps} steps, where the rate is "
                 f"{self.rate(at_step):.3g} of {self.peak:.3g}; branch later or shorten the warm-up"
             )
-        tail = _segment(at_step, steps, self.rate(at_step), floor, shape, 0, 0.0, options)
+        tail = decay_segment(at_step, steps, self.rate(at_step), floor, shape, 0, 0.0, options)
         return LrPath("branch", (*(s for s in self.segments if s.start < at_step), tail))
 
     @property
@@ -278,14 +252,27 @@ class LrPath:
 
         Raises `ConfigError` on a negative step.
         """
-        number = operator.index(step)
-        if number < 0:
-            raise ConfigError(f"step is {step}; updates are counted from 0")
+        return self.rate_between(operator.index(step), 1)
+
+    def rate_between(self, start: int, width: int) -> float:
+        """The rate of an update that begins `start` units into the path and is `width` units wide.
+
+        The unit of a path in steps is the update, so width is 1; of a path on a token axis it is the token.
+        """
+        if start < 0:
+            raise ConfigError(f"step is {start}; updates are counted from 0")
         ruling = self.segments[0]
         for segment in self.segments[1:]:
-            if segment.start <= number:
+            if segment.start <= start:
                 ruling = segment
-        return ruling.rate(number)
+        return ruling.rate(start, width)
+
+    def multiplier(self, step: int) -> float:
+        """rate(step) / peak: what torch's LambdaLR multiplies a group's own rate by.
+
+        ``LambdaLR(optimizer, path.multiplier)`` with groups made at ``lr=path.peak`` carries the path's rate.
+        """
+        return self.rate(step) / self.peak
 
     def rates(self, steps: Iterable[int]) -> NDArray[np.float64]:
         """The rates of many updates: shape (len(steps),), bit for bit those of `rate`."""
@@ -334,36 +321,10 @@ class LrPath:
             ) from error
 
 
-def _segment(
-    start: int,
-    steps: int,
-    peak: float,
-    floor: float,
-    shape: str,
-    warmup_steps: int,
-    warm_from: float,
-    options: Mapping[str, Any],
-) -> RateSegment:
-    known = {"knee": ("hold",), "multistep": ("factors",), "exponential": ("half_life",)}.get(shape, ())
-    if shape in SHAPES and (unknown := [o for o in options if o not in known]):
-        raise ConfigError(
-            f"shape {shape!r} has no option {unknown[0]!r}; its options are {', '.join(known) or 'none'}"
-        )
-    if shape == "constant":
-        raise ConfigError(f"shape is 'constant', which does not decay; expected one of {', '.join(SHAPES)}")
-    values = dict(options)
-    if "factors" in values:
-        values["factors"] = tuple((float(a), float(b)) for a, b in values["factors"])
-    return RateSegment(start, steps, peak, floor, shape, warmup_steps, warm_from, **values)
-
-
-def _check_rate(option: str, value: float, above: float | None = None) -> None:
-    number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-    if not number or value < 0 or (above is not None and value <= above):
-        expected = "a positive learning rate" if above is not None else "a learning rate of 0 or more"
-        raise ConfigError(f"{option} is {value!r}; expected {expected}")
-
-
-def _check_steps(option: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{option} is {value!r}; expected a whole number of steps, {least} or more")
+def _lengths(steps: Sequence[int]) -> list[int]:
+    lengths = [operator.index(n) for n in steps]
+    if not lengths:
+        raise ConfigError("no slices: expected the steps of at least one")
+    for number in lengths:
+        check_steps("steps", number, 1)
+    return lengths

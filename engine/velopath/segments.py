@@ -25,7 +25,8 @@ def train_main(run: Run, until: int | None = None) -> int:
     goal = run.plan.main_steps if until is None else until
     check_controllers(run, goal)
     for branch in run.plan.branches:
-        run.branch_path(branch.start_step, branch.steps)  # a version that could not be cut is refused now
+        _check_has_parent(branch.name, branch.start_step)  # a version that could not be cut is refused now
+        run.branch_path(branch.start_step, branch.steps)
     root = run.checkpoints(MAIN)
     loop, checkpoint = run.loop_at(root)
     state = checkpoint.state if checkpoint is not None else None
@@ -186,10 +187,20 @@ def _branch_piece(run: Run, name: str, at: int | None, steps: int | None) -> Pie
     within = next((p for p in run.pieces(0, total) if p.start <= at < p.end), None)
     if within is None:
         raise ConfigError(f"step {at} lies outside the slices, which end at step {total}")
+    _check_has_parent(name, at)
     end = within.end if steps is None else at + steps
     if end <= at:
         raise ConfigError(f"a branch of {steps} steps; expected 1 or more")
     return Piece(within.slice, within.first, at, end)
+
+
+def _check_has_parent(name: str, at: int) -> None:
+    """A branch needs a main checkpoint to leave from, and the main path has none before its first update."""
+    if at == 0:
+        raise ConfigError(
+            f"version {name!r} would leave the main path at step 0, before its first update: lower path.branch_share "
+            "below 1 for the first slice, or branch later"
+        )
 
 
 def _measured(

@@ -75,7 +75,7 @@ def prepare(
 
     Text is .txt or .jsonl (also .gz or .zst), .parquet, a folder saved by Hugging Face datasets, or an MDS folder
     (text, or tokens to pass on). Exact copies are dropped; hashes of the texts decide split and order. Parquet,
-    datasets, --language and --near-duplicates need pip install 'velopath[corpora]'. A killed run goes on where it was.
+    datasets, --language and --near-duplicates need pip install 'velopath\[corpora]'. A killed run goes on where it was.
 
     Example: velopath prepare -d code=src.jsonl -d prose=books/ --tokenizer train:2048 --out data/
 
