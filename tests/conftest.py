@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +63,13 @@ def write_data(
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder with three domains of about 8k, 16k and 24k tokens, 64 entries, end-of-text 0."""
     return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def limited() -> Iterator[Callable[[int], None]]:
+    """Lets no file of this process grow beyond so many bytes (EFBIG), as a full disk would: works for every user."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)

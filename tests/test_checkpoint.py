@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import velopath
 from velopath.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint, step_folder
-from velopath.errors import ConfigError, DataError
+from velopath.errors import ConfigError, DataError, WriteError
 from velopath.model import Decoder, ModelConfig
 from velopath.optim import build_optimizer, clip_grad_norm, current_rate, set_rate
 
@@ -315,18 +315,21 @@ def test_prune_keeps_the_last_and_the_named(keep_last, keep_steps, left, tmp_pat
 
 def test_an_unwritable_place_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises((DataError, OSError), match="file"):
-        write(tmp_path / "file", 1)
+    with pytest.raises(
+        WriteError, match="file/run: a part of the path is a file, not a folder; write elsewhere"
+    ):
+        write(tmp_path / "file" / "run", 1)
 
 
-def test_a_full_disk_leaves_the_old_save(tmp_path, monkeypatch, save):
+@pytest.mark.parametrize(
+    "most", [100, 3_000, 40_000]
+)  # in the manifest or state, in the optimiser, in the model
+def test_a_full_disk_leaves_the_old_save(tmp_path, save, limited, most):
     old = save(1)
-
-    def full(path, *args, **kwargs):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr("velopath.tensor_files.save_file", full)
-    with pytest.raises(DataError, match="No space left on device.*free some space"):
+    limited(most)
+    with pytest.raises(WriteError, match="step-00000002: the file would be larger than .* write elsewhere"):
         write(tmp_path, 2)
+    with pytest.raises(WriteError, match="step-00000001: the file would be larger"):
+        write(tmp_path, 1)
     assert [p.name for p in tmp_path.iterdir()] == [old.name]
     load_checkpoint(old)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import xxhash
 
-from velopath.durable import TEMPORARY, durable, locked
-from velopath.errors import ConfigError, DataError
+from velopath.durable import TEMPORARY, durable, locked, make_folder
+from velopath.errors import ConfigError, DataError, WriteError
 from velopath.mds.format import ShardEntry, compare_hash, hasher
 from velopath.mds.inflate import inflate
 
@@ -29,8 +29,9 @@ def raw_path(entry: ShardEntry, cache_dir: str | Path | None = None, *, verify: 
 
     A zstd shard is inflated by the first process that asks and checked on the way: size and hashes of both
     the zstd file and the raw bytes. A raw file, and one found in the cache, is checked for its size only;
-    `verify=True` hashes it too. Raises `DataError` naming the file when it is missing, does not fit its index
-    or is damaged; nothing stays in the cache then.
+    `verify=True` hashes it too. A file of the cache that does not pass is inflated again. Raises `DataError` naming
+    the file when it is missing, does not fit its index or is damaged, `WriteError` when the cache cannot be written;
+    nothing stays in the cache then.
     """
     if entry.path.is_file():
         _check_size(entry.path, entry.raw_bytes)
@@ -44,28 +45,30 @@ def raw_path(entry: ShardEntry, cache_dir: str | Path | None = None, *, verify: 
         )
     folder = Path(cache_dir) if cache_dir is not None else default_cache()
     target = folder / f"{_key(entry, zip_path)}.mds"
-    if not _is_whole(target, entry):
+    if not _is_whole(target, entry, verify):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            make_folder(folder)
+        except WriteError as error:
             raise ConfigError(
-                f"the cache {folder} cannot be made ({error.strerror}); choose one by VELOPATH_CACHE"
+                f"the cache {folder} cannot be made ({error.problem.split(';')[0]}); choose one by VELOPATH_CACHE"
             ) from error
         with locked(target.with_suffix(".lock")):
-            if not _is_whole(target, entry):  # another process may have filled it while this one waited
+            if not _is_whole(
+                target, entry, verify
+            ):  # another process may have filled it while this one waited
                 for leftover in folder.glob(f"{target.name}.*{TEMPORARY}"):
                     leftover.unlink(missing_ok=True)
                 with durable(target) as file:
                     for block in inflate(entry):
                         file.write(block)
-    elif verify:
-        check_file(target, entry.raw_hashes)
     return target
 
 
 def check_file(path: Path, expected: Mapping[str, str]) -> None:
     """Hash the file in blocks; raise `DataError` unless it has every hash of `expected` (algorithm -> hex)."""
     running = {name: make() for name in expected if (make := hasher(name)) is not None}
+    if not running:
+        return
     with open(path, "rb") as file:
         while block := file.read(_BLOCK_BYTES):
             for hash_ in running.values():
@@ -82,8 +85,14 @@ def _check_size(path: Path, expected: int) -> None:
         )
 
 
-def _is_whole(target: Path, entry: ShardEntry) -> bool:
-    return target.is_file() and target.stat().st_size == entry.raw_bytes
+def _is_whole(target: Path, entry: ShardEntry, verify: bool) -> bool:
+    if not target.is_file() or target.stat().st_size != entry.raw_bytes:
+        return False
+    try:
+        check_file(target, entry.raw_hashes if verify else {})
+    except DataError:
+        return False
+    return True
 
 
 def _key(entry: ShardEntry, zip_path: Path) -> str:

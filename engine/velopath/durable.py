@@ -1,5 +1,6 @@
 """Durable files: written beside, fsynced and renamed, so that a killed process never leaves a half file under
-its final name; and a lock between processes that its owner's death releases.
+its final name; and a lock between processes that its owner's death releases. What cannot be written is a `WriteError`
+that names the path and says what to do.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from velopath.errors import DataError
+from velopath.errors import WriteError
 
 try:
     import fcntl
@@ -20,6 +21,37 @@ except ImportError:  # not on Windows: there renames alone keep files whole, and
 
 TEMPORARY = ".tmp"
 """Suffix of a file that is being written; a leftover one is harmless and may be deleted."""
+
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space or write elsewhere",
+    errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
+    errno.EFBIG: "the file would be larger than the file system or `ulimit -f` allows; raise that or write elsewhere",
+    errno.EROFS: "the file system is read-only; mount it writable or write elsewhere",
+    errno.EACCES: "the permissions forbid to write; change them or write elsewhere",
+    errno.EPERM: "the permissions forbid to write; change them or write elsewhere",
+    errno.EIO: "the disk failed (input/output error); look at the system's log and write elsewhere",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; write elsewhere",
+}
+
+
+def write_error(error: OSError, path: str | Path) -> WriteError:
+    """`error`, met while `path` was written, in words that say what to do."""
+    number = error.errno or 0
+    return WriteError(
+        _REASONS.get(
+            number, f"cannot be written ({error.strerror or error}); is the disk full? Write elsewhere"
+        ),
+        path=path,
+    )
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it where they are missing. Raises `WriteError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(error, folder) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -35,8 +67,8 @@ def sync_folder(folder: Path) -> None:
 def durable(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; when the block ends well it is fsynced and renamed to `path`.
 
-    When the block raises, the temporary file is removed and `path` is untouched. Raises `DataError` when the
-    disk is full.
+    When the block raises, the temporary file is removed and `path` is untouched. Raises `WriteError` where the file
+    cannot be written; an `OSError` of the block that names another file (one that it reads) is passed on.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -49,11 +81,19 @@ def durable(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"the disk is full ({error.strerror}); free some space or write elsewhere", path=path
-            ) from error
+        if isinstance(error, OSError) and _of_writing(error, temporary):
+            raise write_error(error, path) from error
         raise
+
+
+def _of_writing(error: OSError, temporary: Path) -> bool:
+    """Whether the error is one of the temporary file, and not of one that the block reads.
+
+    write(2) names no file; errors of reading come as subclasses (`PermissionError`, `BadGzipFile`) or name theirs.
+    """
+    if error.filename is None:
+        return type(error) is OSError
+    return str(error.filename) in (str(temporary), str(temporary.parent))
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -67,9 +107,13 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock file `path` (created, never deleted) against other processes; yields whether it is held.
 
     With `wait=False` yields False at once where another process holds it. The kernel releases the lock of a
-    process that dies, so no lock is ever stale.
+    process that dies, so no lock is ever stale. Raises `WriteError` where the file cannot be made.
     """
-    with open(path, "ab") as file:
+    try:
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise write_error(error, path) from error
+    with os.fdopen(opened, "ab") as file:
         held = True
         if fcntl is not None:
             try:

@@ -62,6 +62,10 @@ class DataError(VelopathError):
         super().__init__(f"{place.strip()}: {problem}" if place else problem)
 
 
+class WriteError(DataError):
+    """A file or folder cannot be written: full or read-only disk, quota, I/O error. What was there before is whole."""
+
+
 class StoppedError(VelopathError):
     """The run was asked to stop; its state is saved and `velopath train` resumes it."""
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from velopath import _core
 from velopath.cache import default_cache
-from velopath.durable import durable, locked
-from velopath.errors import ConfigError, DataError
+from velopath.durable import durable, locked, make_folder
+from velopath.errors import ConfigError, DataError, WriteError
 from velopath.stream_data import DomainData
 
 _VERSION = 1
@@ -95,7 +95,7 @@ def load_bins(
     problems = []
     for path in places:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with locked(path.with_suffix(".lock")):
                 found = _read(path, facts)  # another process may have computed it while this one waited
                 if found is None:
@@ -105,6 +105,8 @@ def load_bins(
                 return found
         except OSError as error:
             problems.append(f"{path.parent} ({error.strerror})")
+        except WriteError as error:
+            problems.append(f"{path.parent} ({error.problem})")
     raise ConfigError(f"the bins of best_fit cannot be stored in {' nor in '.join(problems)}; choose a cache")
 
 

@@ -43,11 +43,12 @@ import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from velopath.durable import write_durably
+from velopath.durable import make_folder, write_durably, write_error
 from velopath.errors import ConfigError, DataError
 
 Record = dict[str, Any]
@@ -62,7 +63,7 @@ class RunFolder:
     def __init__(self, path: str | Path, *, create: bool = False) -> None:
         self.path = Path(path)
         if create:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         elif not self.path.is_dir():
             raise DataError(
                 "no such run folder; give the folder that `velopath train` or `velopath demo` wrote",
@@ -88,11 +89,12 @@ class RunFolder:
         """Append one record to `metrics.jsonl` in one write: a crash tears at most the last line.
 
         A number that is not finite is written as null: JSON knows no NaN. A torn last line left by a killed
-        process is cut off by the first append.
+        process is cut off by the first append. Raises `WriteError`, and leaves no part of the line, where the disk
+        refuses.
         """
         if self._metrics is None:
             self._metrics = _open_append(self.path / "metrics.jsonl")
-        _write_all(self._metrics, _line(record))
+        _append(self._metrics, _line(record), self.path / "metrics.jsonl")
 
     def metrics(self, kind: str | None = None, segment: str | None = None) -> list[Record]:
         """The records in force, in the order written: of several per (segment, kind, step, slice) the last.
@@ -123,11 +125,11 @@ class RunFolder:
     # -- lineage ---------------------------------------------------------------------------------------------
 
     def append_event(self, event: Mapping[str, Any]) -> None:
-        """Append one event to `lineage.jsonl`; it is on the disk when this returns."""
-        handle = _open_append(self.path / "lineage.jsonl")
+        """Append one event to `lineage.jsonl`; it is on the disk when this returns, or nothing was written."""
+        path = self.path / "lineage.jsonl"
+        handle = _open_append(path)
         try:
-            _write_all(handle, _line(event))
-            os.fsync(handle)
+            _append(handle, _line(event), path, sync=True)
         finally:
             os.close(handle)
 
@@ -144,7 +146,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Write the UTF-8 file `name` whole or not at all and return its path."""
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         write_durably(target, text.encode())
         return target
 
@@ -192,12 +194,14 @@ class RunLock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handle: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._handle: int | None = _open(path, os.O_RDWR | os.O_CREAT)
         try:
             self._take(self._handle)
-        except BaseException:
+        except BaseException as error:
             os.close(self._handle)
             self._handle = None
+            if isinstance(error, OSError):
+                raise write_error(error, path) from error
             raise
 
     def _take(self, handle: int) -> None:
@@ -282,9 +286,16 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(_finite(record), ensure_ascii=False, separators=(",", ":")) + "\n").encode()
 
 
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise write_error(error, path) from error
+
+
 def _open_append(path: Path) -> int:
     """Open for appending, after cutting off a torn last line."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    handle = _open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     size = end = os.fstat(handle).st_size
     while end and os.pread(handle, 1, end - 1) != b"\n":
         end -= 1
@@ -293,9 +304,18 @@ def _open_append(path: Path) -> int:
     return handle
 
 
-def _write_all(handle: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(handle, data) :]
+def _append(handle: int, line: bytes, path: Path, *, sync: bool = False) -> None:
+    """Write the whole line at the end of the file, or nothing of it."""
+    size = os.fstat(handle).st_size
+    try:
+        while line:
+            line = line[os.write(handle, line) :]
+        if sync:
+            os.fsync(handle)
+    except OSError as error:
+        with suppress(OSError):
+            os.ftruncate(handle, size)
+        raise write_error(error, path) from error
 
 
 def _read_lines(path: Path) -> Iterator[Record]:

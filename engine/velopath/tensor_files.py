@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from velopath.durable import sync_folder
-from velopath.errors import ConfigError, DataError
+from velopath.durable import make_folder, sync_folder, write_error
+from velopath.errors import ConfigError, DataError, WriteError
 from velopath.model import bare
 
 MAX_JSON_BYTES = 64 << 20
@@ -34,13 +35,13 @@ def staged_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
     folder = Path(folder).absolute()
     if not replace and folder.exists():
         raise ConfigError(f"{folder} exists already; choose another name or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.iterdir():
-        if leftover.name.startswith(f".tmp-{folder.name}-"):
-            shutil.rmtree(leftover)
+    make_folder(folder.parent)
     stage = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    stage.mkdir()
     try:
+        for leftover in folder.parent.iterdir():
+            if leftover.name.startswith(f".tmp-{folder.name}-"):
+                shutil.rmtree(leftover)
+        stage.mkdir()
         yield stage
         for path in stage.iterdir():
             sync_file(path)
@@ -57,9 +58,9 @@ def staged_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
         if isinstance(error, OSError):
-            raise DataError(
-                f"cannot write: {error}; free some space or write elsewhere", path=folder
-            ) from error
+            raise write_error(error, folder) from error
+        if isinstance(error, WriteError):  # of a file in the stage, which is gone
+            raise WriteError(error.problem, path=folder) from error
         raise
 
 
@@ -92,13 +93,16 @@ def fill_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], pa
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors. Raises `DataError` when the disk refuses."""
+    """Write tensors as safetensors. Raises `WriteError` when the disk refuses."""
     try:
         save_file({n: t.detach().contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read; an export is shared as its folder is
         os.chmod(path, path.parent.stat().st_mode & 0o666)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"cannot write: {error}; free some space or write elsewhere", path=path) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise write_error(OSError(int(number[1]) if number else 0, str(error)), path) from error
+    except OSError as error:
+        raise write_error(error, path) from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import numpy as np
 import zstandard
 from numpy.typing import ArrayLike
 
-from velopath.durable import write_durably
+from velopath.durable import make_folder, write_durably
 from velopath.errors import ConfigError, DataError
 from velopath.mds.format import MAX_SHARD_BYTES, TOKEN_DTYPES, hasher
 
@@ -66,7 +66,7 @@ class MdsWriter:
             raise ConfigError(
                 f"{self.folder} holds an index.json already; write to another folder or delete it"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self.documents = 0
         self.tokens = 0
         self._dtype = np.dtype(dtype)
