@@ -8,7 +8,7 @@ import pytest
 from sampler_reference import write_domain
 from velopath import open_sampler
 from velopath.audit import FIRST_HASH, AuditLog, Push, verify, weights_log
-from velopath.errors import ConfigError, DataError
+from velopath.errors import ConfigError, DataError, WriteError
 from velopath.stream_order import Order
 
 ORDER = Order(tokens={"a": 150, "b": 150}, seed=3, global_rows=2, row_tokens=8)
@@ -184,7 +184,7 @@ def test_a_second_writer_is_refused(log):
 
 
 def test_a_log_that_cannot_be_opened_is_named(tmp_path):
-    with pytest.raises(DataError, match="cannot open the audit log"):
+    with pytest.raises(WriteError, match=f"{tmp_path}: cannot be written .Is a directory."):
         AuditLog(tmp_path)
 
 

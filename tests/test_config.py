@@ -241,6 +241,7 @@ def test_the_hash_is_of_the_meaning_and_stays(file: Path, tmp_path: Path) -> Non
         "train.device=cpu",
         "train.compile=true",
         "train.threads=0",
+        "data.on_bad_shard=quarantine",
         "train.log_every=1",
         "train.checkpoint_every=7",
         "train.keep_last=5",

@@ -5,10 +5,11 @@ record before, so a changed, dropped or inserted line breaks the chain. Kinds:
 
 | kind | written | details |
 | --- | --- | --- |
-| `start` | when a sampler opens the log: its stream begins anew at `step` | the order of rows, see `Order` |
+| `start` | first by each sampler that uses the log: the stream begins anew at `step` | its order of rows, see `Order` |
 | `fork` | instead, when the sampler is to go on from another log's stream: a branch | also `parent`, `parent_hash` |
 | `rewind` | when a state is loaded: the stream goes on at `step` | `weights_id`: later pushes are undone |
 | `push` | before a push takes effect at `step` | `weights_id` |
+| `quarantine` | behind a `start` or `fork` that left out bad shards | `shards`: domain, shard, reason |
 
 `parent_hash` is the hash of the last record of the log `parent`, beside this one, when the fork was made. The format
 is our choice.
@@ -20,16 +21,16 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from velopath.durable import sync_folder
+from velopath.durable import make_folder, sync_folder, write_error
 from velopath.errors import ConfigError, DataError
 from velopath.stream_order import Order
 
-KINDS = ("start", "push", "rewind", "fork")
+KINDS = ("start", "push", "rewind", "fork", "quarantine")
 FIRST_HASH = "0" * 64
 """`previous` of the first record."""
 _FIELDS = {"id", "kind", "step", "old", "new", "reason", "digest", "details", "previous", "hash"}
@@ -122,6 +123,8 @@ def _in_force(path: Path, records: list[dict[str, Any]], seen: tuple[Path, ...] 
             order, first, live = opened, record["new"], 0
             begin = opened.start_step if kind == "start" and begin is None else begin
             continue
+        if kind == "quarantine":  # the order of the opening before it counts the tokens without those shards
+            continue
         id = details["weights_id"]
         before = known[live - 1] if live else None
         if kind == "rewind":
@@ -163,8 +166,8 @@ class AuditLog:
     """Appends records to the log at `path`, one durable line each; the chain found there is checked first.
 
     An unfinished last line, left by a killed writer, never took effect and is dropped. `parent` is the log, in the
-    same folder, of the stream that this one branches from. Raises `DataError` when a chain is broken or the log
-    cannot be written, `ConfigError` when another sampler has it open.
+    same folder, of the stream that this one branches from. Raises `DataError` when a chain is broken, `WriteError`
+    where the log cannot be written, `ConfigError` when another sampler has it open.
     """
 
     def __init__(self, path: str | Path, parent: str | Path | None = None) -> None:
@@ -172,12 +175,12 @@ class AuditLog:
         self._fork: dict[str, str] | None = None
         if parent is not None:
             self._fork = {"parent": Path(parent).name, "parent_hash": verify(parent).last_hash}
+        make_folder(self.path.parent)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             sync_folder(self.path.parent)
         except OSError as error:
-            raise DataError(f"cannot open the audit log: {error.strerror}", path=self.path) from error
+            raise write_error(error, self.path) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -196,10 +199,14 @@ class AuditLog:
             os.ftruncate(self._file, len(whole))
         self.records, self.last_hash = len(found), found[-1]["hash"] if found else FIRST_HASH
 
-    def begin(self, order: Order, weights: Mapping[str, float]) -> None:
-        """Record that a sampler opened the log: a `start`, or a `fork` from the parent."""
+    def begin(
+        self, order: Order, weights: Mapping[str, float], quarantined: Sequence[Mapping[str, str]] = ()
+    ) -> None:
+        """Record that a sampler uses the log: a `start`, or a `fork` from the parent, and what it left out."""
         kind = "start" if self._fork is None else "fork"
         self.append(kind, step=order.start_step, new=weights, details=order.to_json() | (self._fork or {}))
+        if quarantined:
+            self.append("quarantine", step=order.start_step, details={"shards": list(quarantined)})
 
     def append(
         self,
@@ -228,12 +235,12 @@ class AuditLog:
         line = _canonical(record) + b"\n"
         size = os.fstat(self._file).st_size
         try:
-            if os.write(self._file, line) != len(line):
-                raise OSError(0, "the disk is full")
+            while line:
+                line = line[os.write(self._file, line) :]
             os.fsync(self._file)
         except OSError as error:
             os.ftruncate(self._file, size)
-            raise DataError(f"cannot write the audit log: {error.strerror}", path=self.path) from error
+            raise write_error(error, self.path) from error
         self.records += 1
         self.last_hash = str(record["hash"])
         return self.last_hash

@@ -42,6 +42,10 @@ class DataConfig(_Tree):
         None, description="prepared folder whose held-out split is used; null: first slice"
     )
     exhaustion: Literal["repeat", "renormalise", "stop"] = "repeat"
+    on_bad_shard: Literal["fail", "quarantine"] = Field(
+        "fail",
+        description="a damaged shard: an error, or left out on record (reads all data once at each start)",
+    )
     cache: str | None = Field(None, description="folder for inflated shards; null: ~/.cache/velopath")
 
 

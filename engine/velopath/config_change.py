@@ -13,6 +13,7 @@ from velopath.errors import ConfigError
 FREE = (
     "title",
     "data.cache",
+    "data.on_bad_shard",
     "evaluate",
     "train.device",
     "train.compile",
@@ -21,8 +22,8 @@ FREE = (
     "train.checkpoint_every",
     "train.keep_last",
 )
-"""Settings that change no result; everything else may only be added to (a new slice), never altered. The rows per rank
-follow the number of ranks, see `split_rows`."""
+"""Settings that change no result (which shards were left out is part of a state); everything else may only be added to
+(a new slice), never altered. The rows per rank follow the number of ranks, see `split_rows`."""
 
 
 def check_unchanged(recorded: RunConfig, given: RunConfig, where: Path, world: int = 1) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from velopath.config_change import check_unchanged, split_rows
 from velopath.controllers import Controller
 from velopath.dist import Dist, init_from_env
 from velopath.environment import describe_environment
-from velopath.errors import ConfigError, DataError, StoppedError
+from velopath.errors import ConfigError, DataError, StoppedError, WriteError
 from velopath.evaluate import HeldOut, Tokens
 from velopath.hf import load_hf
 from velopath.loop import Loop, StopRequest
@@ -34,7 +34,7 @@ from velopath.plan import Plan, make_plan
 from velopath.runfolder import RunFolder
 from velopath.schedule import LrPath
 from velopath.session import Session
-from velopath.stream import domain_folders, open_sampler
+from velopath.stream import Sampler, domain_folders, open_sampler
 
 MAIN = "main"
 HEARTBEAT_SECONDS = 30.0
@@ -127,10 +127,12 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.dist.is_main and self.mode == "train":
-            state = "done" if error is None else "stopped" if isinstance(error, StoppedError) else "failed"
-            self._write_about(state)
-        self._stack.close()
+        with self._stack, suppress(WriteError) if error is not None else nullcontext():  # that one says more
+            if self.dist.is_main and self.mode == "train":
+                state = (
+                    "done" if error is None else "stopped" if isinstance(error, StoppedError) else "failed"
+                )
+                self._write_about(state)
 
     def _write_about(self, state: str) -> None:
         """run.json: first start, seconds of all commands so far, also of killed ones, what ran where."""
@@ -300,6 +302,7 @@ class Run:
             weights=entry.weights,
             exhaustion=self.config.data.exhaustion,
             cache=self.config.data.cache,
+            on_bad_shard=self.config.data.on_bad_shard,
             audit=self.folder.audit(segment, piece.slice),
             audit_parent=None if parent is None else self.folder.audit(parent, piece.slice),
             start_step=piece.first,
@@ -307,6 +310,7 @@ class Run:
             allocate=_pinned if self.dist.device.type == "cuda" else None,
             domain_key_salt=piece.slice,
         ) as sampler:
+            self._note_quarantine(sampler, segment)
             session = Session(
                 sampler,
                 path,
@@ -324,6 +328,20 @@ class Run:
                     path=self.checkpoints(segment),
                 )
             yield session
+
+    def _note_quarantine(self, sampler: Sampler, segment: str) -> None:
+        """Tell what was left out; ranks that leave out other shards would read by other plans: `DataError`."""
+        if self.config.data.on_bad_shard == "fail":
+            return
+        here = [[bad.domain, bad.shard] for bad in sampler.quarantined]
+        differs = torch.tensor(float(self.dist.broadcast_json(here) != here), device=self.dist.device)
+        if self.dist.all_reduce_sum(differs).item():
+            raise DataError(
+                f"the ranks found different shards bad, rank {self.dist.rank} {here}; give all ranks the same files, "
+                "or look at the disks of the machines"
+            )
+        for bad in sampler.quarantined:
+            self.note(segment, f"left out {bad.domain}/{bad.shard}: {bad.reason}")
 
     def branch_path(self, at_step: int, steps: int, shape: str | None = None) -> LrPath:
         """The path of a branch that leaves the main path at `at_step`; `shape` None: the config's."""

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from velopath import _core
+from velopath import _core, stream_quarantine
 from velopath.audit import AuditLog
 from velopath.domains import DomainTable, MixtureWeights, check_weights, integer_shares
 from velopath.errors import ConfigError, DataError, PushRejectedError
 from velopath.stream_data import DomainData, end_of_text, open_domains
 from velopath.stream_data import domain_folders as domain_folders
 from velopath.stream_order import POLICIES, domain_key
+from velopath.stream_quarantine import BadShard
 from velopath.stream_state import Identity, read_state, write_state
 
 _PACKINGS = ("concat", "best_fit")
@@ -92,6 +93,7 @@ def open_sampler(
     boundaries: bool = False,
     order: str = "full",
     window: int = 8,
+    on_bad_shard: str = "fail",
 ) -> Sampler:
     """Open a sampler on MDS folders, one per domain.
 
@@ -116,6 +118,11 @@ def open_sampler(
     epoch's rows over the whole domain; "windowed" shuffles the shards, then the rows inside each `window` shards of
     that order, so that only these and the ones right behind them (a row may end there) are read at a time.
 
+    `on_bad_shard` "fail" refuses data with a bad shard as soon as it is met; "quarantine" reads everything once when
+    it opens, leaves bad shards out, says so in a `QuarantineWarning`, `Sampler.quarantined` and the audit log, and
+    draws from the rest. A state remembers what was left out and loads only where the same is. See
+    `velopath.stream_quarantine`.
+
     Raises `ConfigError` on a wrong argument, `DataError` naming shard and sample on damaged data or a domain
     of fewer than T tokens. Fork before opening, not after.
     """
@@ -129,6 +136,7 @@ def open_sampler(
         raise ConfigError(f"rank is {rank}; expected less than world, {world}")
     for name, choice, known in (
         ("exhaustion", exhaustion, POLICIES), ("packing", packing, _PACKINGS), ("order", order, _ORDERS),
+        ("on_bad_shard", on_bad_shard, stream_quarantine.POLICIES),
     ):  # fmt: skip
         if choice not in known:
             raise ConfigError(f"{name} is {choice!r}; expected one of {', '.join(known)}")
@@ -140,7 +148,9 @@ def open_sampler(
     if weights is not None:
         check_weights(weights, tuple(folders))
     eos = end_of_text(folders, eos)
-    data = open_domains(folders, eos, cache=cache, bytes_dtype=bytes_dtype, verify=verify)
+    data = open_domains(
+        folders, eos, cache=cache, bytes_dtype=bytes_dtype, verify=verify, on_bad_shard=on_bad_shard
+    )
     for name, domain in data.items():
         if domain.stream.tokens < (1 if packing == "best_fit" else row_tokens):
             raise DataError(
@@ -149,6 +159,7 @@ def open_sampler(
                 path=domain.folder,
             )
     streams = [domain.stream for domain in data.values()]
+    bad = tuple(one for domain in data.values() for one in domain.bad)
     packings = _packings(data, packing, row_tokens, eos, cache)
     identity = Identity(
         seed=seed,
@@ -166,6 +177,7 @@ def open_sampler(
         window=window if order == "windowed" else 0,
         bins=tuple(p.bins for p in packings if p is not None),
         shards=tuple(tuple(s.shard_positions.tolist()) for s in streams) if order == "windowed" else (),
+        quarantined=stream_quarantine.names_of(bad),
     )
     mix = _mixture(identity.table.names, weights or identity.table.prior)
     core = _core.Sampler(
@@ -189,7 +201,7 @@ def open_sampler(
         allocate=allocate or _allocate,
     )
     log = AuditLog(audit, audit_parent) if audit is not None and rank == 0 else None
-    return Sampler(core, identity, rank, MixtureWeights(mix.names, mix.shares, 0, start_step), log)
+    return Sampler(core, identity, rank, MixtureWeights(mix.names, mix.shares, 0, start_step), log, bad)
 
 
 class Sampler:
@@ -205,6 +217,7 @@ class Sampler:
         rank: int,
         weights: MixtureWeights,
         audit: AuditLog | None,
+        quarantined: tuple[BadShard, ...] = (),
     ) -> None:
         self._core, self._identity, self._audit = core, identity, audit
         self._mixes = {weights.id: weights}
@@ -214,8 +227,9 @@ class Sampler:
         self.rank, self.world, self.rows = rank, identity.world, identity.rows
         self.row_tokens, self.global_rows, self.eos = identity.row_tokens, identity.global_rows, identity.eos
         self.order = identity.order
-        if audit is not None:
-            audit.begin(self.order, weights)
+        self.quarantined = quarantined
+        """Shards that were left out, see `on_bad_shard` of `open_sampler`."""
+        self._first: MixtureWeights | None = None if audit is None else weights
 
     @property
     def step(self) -> int:
@@ -233,6 +247,9 @@ class Sampler:
         Raises `StopIteration` where the exhaustion policy ends the stream, `DataError` naming shard and sample on
         a bad token, `VelopathError` when the reader threads stall or in a forked child.
         """
+        if self._first is not None:
+            with self._lock:
+                self._begin_log()
         handed = self._core.next()
         if handed is None:
             raise StopIteration
@@ -264,6 +281,7 @@ class Sampler:
             raise PushRejectedError(f"at_step is {at_step!r}; expected a step, a whole number of 0 or more")
         shares = integer_shares(mix.shares)
         with self._lock:
+            self._begin_log()
             step, id = self._core.begin_push(at_step)
             try:
                 pushed = MixtureWeights(mix.names, mix.shares, id, step)
@@ -326,11 +344,18 @@ class Sampler:
         step, drawn, error, mixes = read_state(self._identity, state)
         with self._lock:
             if self._audit is not None:
+                self._begin_log()
                 self._audit.rewind(step=step, weights_id=mixes[-1].id, weights=mixes[0])
             self._core.load(
                 step, drawn, error, [(m.id, m.from_step, integer_shares(m.shares)) for m in mixes]
             )
             self._mixes = {m.id: m for m in mixes}
+
+    def _begin_log(self) -> None:
+        """Record the opening before the first step, push or state: a state that is refused leaves the log as it was."""
+        if self._first is not None and self._audit is not None:
+            self._audit.begin(self.order, self._first, [bad._asdict() for bad in self.quarantined])
+            self._first = None
 
     def close(self) -> None:
         """End the threads and close the audit log. Batches handed out stay valid."""

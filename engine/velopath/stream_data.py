@@ -13,17 +13,20 @@ from velopath import _core
 from velopath.cache import raw_path
 from velopath.errors import ConfigError, DataError
 from velopath.mds import MdsFolder, ShardEntry, load_index, shard_token_column
+from velopath.stream_quarantine import BadShard, leave_out_bad
 
 _TYPE_CODES = {"uint8": 8, "uint16": 16, "int16": 17, "uint32": 32, "int32": 33, "uint64": 64, "int64": 65}
 _INFLATERS = 8
 
 
 class DomainData(NamedTuple):
-    """One domain: its folder, its documents as the core reads them, and a hash of what the index says of them."""
+    """One domain: its folder, its documents as the core reads them, a hash of what the index says of them, and the
+    shards that were left out."""
 
     folder: Path
     stream: _core.TokenStream
     fingerprint: str
+    bad: tuple[BadShard, ...] = ()
 
 
 def open_domains(
@@ -33,12 +36,19 @@ def open_domains(
     cache: str | Path | None = None,
     bytes_dtype: str = "int64",
     verify: bool = False,
+    on_bad_shard: str = "fail",
 ) -> dict[str, DomainData]:
     """The data of each domain; the arguments are those of `open_sampler`. Raises `DataError`."""
-    indexes = {name: load_index(folder) for name, folder in folders.items()}
-    shards = _shards(indexes, cache, bytes_dtype, verify)
+    quarantine = on_bad_shard == "quarantine"
+    indexes = {name: load_index(folder, files=not quarantine) for name, folder in folders.items()}
+    bad: dict[str, tuple[BadShard, ...]] = {}
+    if quarantine:
+        indexes, bad = leave_out_bad(indexes, lambda entry: _described(entry, cache, bytes_dtype, True), eos)
+    shards = _shards(indexes, cache, bytes_dtype, verify and not quarantine)
     return {
-        name: DomainData(folder, _core.TokenStream(shards[name], eos), fingerprint(indexes[name]))
+        name: DomainData(
+            folder, _core.TokenStream(shards[name], eos), fingerprint(indexes[name]), bad.get(name, ())
+        )
         for name, folder in folders.items()
     }
 
@@ -85,22 +95,23 @@ def _shards(
     indexes: Mapping[str, MdsFolder], cache: str | Path | None, bytes_dtype: str, verify: bool
 ) -> dict[str, list[_core._Shard]]:
     """Shards of each domain as the core takes them; zstd ones are inflated side by side."""
-
-    def describe(entry: ShardEntry) -> _core._Shard:
-        column = shard_token_column(entry, bytes_dtype=bytes_dtype)
-        # No sample can be larger than its shard, so a larger fixed size is as good as any too large one.
-        sizes = [-1 if s is None else min(s, 1 << 32) for s in entry.columns.sizes]
-        code = 0 if column.dtype is None else _TYPE_CODES[column.dtype]
-        length = None if column.length is None else min(column.length, 1 << 32)
-        path = str(raw_path(entry, cache, verify=verify))
-        names = entry.columns.names
-        return (path, entry.samples, entry.raw_bytes, names, sizes, column.index, column.plain, code, length)
-
     with ThreadPoolExecutor(_INFLATERS) as pool:
         waiting = {
-            name: [pool.submit(describe, entry) for entry in index.shards] for name, index in indexes.items()
+            name: [pool.submit(_described, entry, cache, bytes_dtype, verify) for entry in index.shards]
+            for name, index in indexes.items()
         }
         return {name: [f.result() for f in shards] for name, shards in waiting.items()}
+
+
+def _described(entry: ShardEntry, cache: str | Path | None, bytes_dtype: str, verify: bool) -> _core._Shard:
+    column = shard_token_column(entry, bytes_dtype=bytes_dtype)
+    # No sample can be larger than its shard, so a larger fixed size is as good as any too large one.
+    sizes = [-1 if s is None else min(s, 1 << 32) for s in entry.columns.sizes]
+    code = 0 if column.dtype is None else _TYPE_CODES[column.dtype]
+    length = None if column.length is None else min(column.length, 1 << 32)
+    path = str(raw_path(entry, cache, verify=verify))
+    names = entry.columns.names
+    return (path, entry.samples, entry.raw_bytes, names, sizes, column.index, column.plain, code, length)
 
 
 def fingerprint(index: MdsFolder) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from velopath.domains import DomainTable, MixtureWeights, check_weights
@@ -34,6 +34,7 @@ class Identity:
     window: int = 0
     bins: tuple[int, ...] = ()
     shards: tuple[tuple[int, ...], ...] = ()
+    quarantined: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def global_rows(self) -> int:
@@ -61,6 +62,7 @@ def write_state(
     identity: Identity, step: int, drawn: Sequence[int], error: Sequence[int], mixes: Sequence[MixtureWeights]
 ) -> dict[str, Any]:
     """The state before `step`; `mixes` are the weights in force there and then the pending ones."""
+    left_out = {name: list(shards) for name, shards in identity.quarantined.items()}
     return {
         "format": _FORMAT,
         "version": _VERSION,
@@ -75,6 +77,7 @@ def write_state(
         "domain_key_salt": identity.domain_key_salt,
         "packing": identity.packing,
         "window": identity.window,
+        **({"quarantined": left_out} if left_out else {}),
         "domains": {
             name: {
                 "tokens": identity.table.tokens[k],
@@ -116,24 +119,33 @@ def _compare(identity: Identity, state: Mapping[str, Any]) -> None:
     names = list(identity.table.names)
     if sorted(state["domains"]) != names:
         raise ConfigError(f"the state has the domains {sorted(state['domains'])}, this sampler {names}")
-    for field in ("seed", "start_step", "row_tokens", "eos", "exhaustion", "domain_key_salt"):
-        ours = getattr(identity, field)
-        if state[field] != ours:
-            raise ConfigError(f"{field} of the state is {state[field]!r}, of this sampler {ours!r}")
-    for field, before in (("packing", "concat"), ("window", 0)):  # what a state from before these had
-        ours, theirs = getattr(identity, field), state.get(field, before)
+    for key in ("seed", "start_step", "row_tokens", "eos", "exhaustion", "domain_key_salt"):
+        ours = getattr(identity, key)
+        if state[key] != ours:
+            raise ConfigError(f"{key} of the state is {state[key]!r}, of this sampler {ours!r}")
+    for key, before in (("packing", "concat"), ("window", 0)):  # what a state from before these had
+        ours, theirs = getattr(identity, key), state.get(key, before)
         if theirs != ours:
-            raise ConfigError(f"{field} of the state is {theirs!r}, of this sampler {ours!r}")
+            raise ConfigError(f"{key} of the state is {theirs!r}, of this sampler {ours!r}")
+    left_out = state.get("quarantined", {})
+    for name in sorted({*left_out, *identity.quarantined}):
+        theirs, here = (list(parts.get(name, ())) for parts in (left_out, identity.quarantined))
+        if theirs != here:
+            raise ConfigError(
+                f"the state was made without the shards {theirs} of domain {name!r}, this sampler leaves out {here}; "
+                "other shards are other rows: put the files back as they were (the log of the run names them), or "
+                "begin a new run"
+            )
     for k, name in enumerate(names):
         theirs = state["domains"][name]
-        for field, mine in (
+        for key, mine in (
             ("tokens", identity.table.tokens[k]),
             ("documents", identity.documents[k]),
             ("fingerprint", identity.fingerprints[k]),
         ):
-            if theirs[field] != mine:
+            if theirs[key] != mine:
                 raise ConfigError(
-                    f"the data of domain {name!r} differ: {field} of the state is {theirs[field]!r}, here {mine!r}"
+                    f"the data of domain {name!r} differ: {key} of the state is {theirs[key]!r}, here {mine!r}"
                 )
 
 

@@ -71,6 +71,8 @@ def _look(kind: str, name: str, check: Callable[[], str]) -> Finding:
 def _log(path: Path) -> str:
     records, log = read_log(path), weights_log(path)
     kinds = {kind: sum(r["kind"] == kind for r in records) for kind in ("push", "rewind", "fork")}
+    left_out = {s["shard"] for r in records if r["kind"] == "quarantine" for s in r["details"]["shards"]}
+    kinds |= {"shard left out": len(left_out)} if left_out else {}
     seen = ", ".join(f"{kind} {n}" for kind, n in kinds.items())
     return f"{len(records)} records ({seen}); pushes in force: {len(log.pushes)}"
 

@@ -44,6 +44,7 @@ def _mixture(config: RunConfig) -> None:
             weights=entry.weights,
             exhaustion=config.data.exhaustion,
             cache=config.data.cache,
+            on_bad_shard=config.data.on_bad_shard,
             threads=0,
             domain_key_salt=name,
         ) as sampler:
