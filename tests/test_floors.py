@@ -13,7 +13,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "engine" / "velopath"
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "domains", "config", "config_change"),
-    1: ("velocity", "baselines", "controllers", "law", "targets", "schedule", "lineage", "plan"),
+    1: (
+        "shares",
+        "rule_state",
+        "velocity",
+        "baselines",
+        "rivals",
+        "controllers",
+        "law",
+        "targets",
+        "schedule",
+        "lineage",
+        "plan",
+    ),
     2: (
         "_core",
         "durable",

@@ -78,6 +78,49 @@ def test_smoothing_by_hand() -> None:
     assert weights["code"] == pytest.approx(0.433001735, abs=1e-9)
 
 
+def test_smoothing_to_the_prior_by_hand() -> None:
+    """From 0.2, 0.8, with V 0.5, 0.8:
+
+    code = 0.2 e^0.5 / (0.2 e^0.5 + 0.8 e^0.8) = 1 / (1 + 4 e^0.3) = 1 / 6.399435230 = 0.156263790;
+    0.9 * 0.156263790 + 0.1 * 0.2 = 0.160637411.
+    """
+    controller = Velocitune({"code": 1.2, "prose": 2.9}, smoothing=0.1, smoothing_to="prior")
+    state = controller.start({"code": 2.0, "prose": 3.4}, {"code": 0.2, "prose": 0.8})
+    state, weights = controller.observe(state, {"code": 1.6, "prose": 3.3})
+    assert weights["code"] == pytest.approx(0.160637411, abs=1e-9)
+    # With V equal the odds stay and the weights leak back: 0.9 * 0.160637411 + 0.1 * 0.2 = 0.164573670
+    _, weights = controller.observe(state, {"code": 1.6, "prose": 3.15})
+    assert weights["code"] == pytest.approx(0.164573670, abs=1e-9)
+    saved = state.to_json()
+    del saved["prior"]  # a state from before there was one
+    with pytest.raises(ConfigError, match="has no first shares"):
+        controller.state_from_json(saved)
+    assert Velocitune(controller.targets).state_from_json(saved).prior is None
+
+
+def test_explain_shows_each_stage_and_guard() -> None:
+    """V = 1.5 -> 1 (clip), 0.5, and old takes their mean 0.75; w from thirds, eta 1.
+
+    e^1 = 2.718281828, e^0.5 = 1.648721271, e^0.75 = 2.117000017; sum 6.484003116:
+    0.419229, 0.254275, 0.326496; the cap 0.4 fires for a, the others take up 0.6 in their proportions.
+    """
+    targets = {"a": 1.0, "b": 1.0, "old": 1.9}
+    controller = Velocitune(targets, small_gap="mean", cap=0.4, floor=0.1)
+    state = controller.start(dict.fromkeys(targets, 2.0), dict.fromkeys(targets, 1.0))
+    losses = {"a": 2.5, "b": 1.5, "old": 2.0}
+    why = controller.explain(state, losses)
+    assert [round(why.terms[n]["scaled"], 6) for n in targets] == [0.419229, 0.254275, 0.326496]
+    assert why.terms["a"]["raw"] == 1.5
+    assert why.guards == {"a": ("clip", "cap"), "b": (), "old": ("small gap",)}
+    assert (
+        "V = (2.5000 - 1.0000) / (2.0000 - 1.0000) = 1.5000 / 1.0000 = 1.5000, cut to 1.0000"
+        in why.worked["a"]
+    )
+    after = controller.observe(state, losses)[0]
+    assert why.worked["a"].endswith(f"0.4192, then cap: {after.shares[0]:.4f}")
+    assert after.shares[0] == 0.4
+
+
 def test_small_gap_takes_the_mean_of_the_others() -> None:
     controller = Velocitune({"a": 1.0, "b": 1.0, "old": 1.9}, small_gap="mean")
     third = {"a": 1.0, "b": 1.0, "old": 1.0}

@@ -62,7 +62,12 @@ class ModelChoice(_Tree):
 class ControlConfig(_Tree):
     """What moves the weights: a controller, its signal and its targets."""
 
-    controller: str = Field("velocitune", description="velocitune, static or uniform")
+    controller: str = Field(
+        "velocitune",
+        description="velocitune, static, uniform, temperature, schedule, dynamic_batch_loading, doremi, ado, odm, "
+        "or one of your own",
+    )
+    plugin: str | None = Field(None, description="a Python file that registers controllers of your own")
     options: dict[str, Any] = Field(default_factory=dict, description="keywords of the controller")
     targets: str | dict[str, float] | None = Field(
         None,
@@ -240,4 +245,5 @@ def _absolute_paths(tree: dict[Any, Any], base: Path) -> dict[Any, Any]:
             anchor(entry, "root")
     anchor(tree.get("model"), "hf")
     anchor(tree.get("control"), "targets")
+    anchor(tree.get("control"), "plugin")
     return tree

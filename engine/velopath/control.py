@@ -22,11 +22,15 @@ def controller_for(run: Run, slice_name: str) -> Controller:
     intervals normal. Raises `ConfigError` naming the domain that has no target.
     """
     control = run.config.control
+    if control.plugin is not None:
+        controllers.load_plugin(control.plugin)
     known = controllers.option_names(control.controller)
     foreign = {o for name in controllers.names() for o in controllers.option_names(name)} - known
     options: dict[str, Any] = {k: v for k, v in control.options.items() if k not in foreign}
     if control.signal == "training" and "missing" in known:
         options.setdefault("missing", "last")
+    if "tokens" in known and "tokens" not in options:
+        options["tokens"] = _slice_tokens(run, slice_name)
     if controllers.needs_targets(control.controller):
         options["targets"] = _slice_targets(run, slice_name)
     return controllers.build(control.controller, **options)
@@ -36,6 +40,14 @@ def check_controllers(run: Run, until: int) -> None:
     """Build the controllers of all slices up to step `until`: what is missing is said before anything is trained."""
     for piece in run.pieces(0, until):
         controller_for(run, piece.slice)
+
+
+def _slice_tokens(run: Run, slice_name: str) -> dict[str, int] | None:
+    """name -> training tokens of a slice's domains; None where the folder was not written by `velopath prepare`."""
+    root = run.config.data.slices[slice_name].root
+    table = (RunFolder(root).read_json("domains.json") or {}).get("domains", {})
+    found = {name: table.get(name, {}).get("tokens") for name in domain_folders(root)}
+    return None if None in found.values() else found
 
 
 def _slice_targets(run: Run, slice_name: str) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Controllers by name: what a controller is, and how one is registered and built.
 
-A controller of one's own needs no change here. In a file of your own, imported before the run is built::
+A controller of one's own needs no change here. In a file of your own::
 
     from velopath.controllers import register
 
@@ -10,18 +10,31 @@ A controller of one's own needs no change here. In a file of your own, imported 
         def start(self, losses, weights): ...
         def observe(self, state, losses): ...
         def state_from_json(self, value): ...
+
+A run finds it in three ways: the file is imported before the run is built; the config names it (`control.plugin:
+mine.py`); or an installed package announces it as an entry point `mine = "package.module:Mine"` of the group
+`velopath.controllers`, which is loaded when the name is first asked for.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from velopath.baselines import Static, Uniform
-from velopath.domains import MixtureWeights
+from velopath.baselines import Schedule, Static, Temperature, Uniform
+from velopath.domains import MixtureWeights, Progress
 from velopath.errors import ConfigError
+from velopath.rivals import Ado, DoReMi, DynamicBatchLoading, Odm
+from velopath.rule_state import Explanation
 from velopath.velocity import Velocitune
+
+GROUP = "velopath.controllers"
+"""The entry-point group of controllers in other packages."""
 
 
 class ControllerState(Protocol):
@@ -45,7 +58,9 @@ class Controller(Protocol):
     """A rule that turns held-out losses into weights. All methods are pure: no clock, file, rank or torch.
 
     `losses` is a mapping name -> nats per token, or a `DomainLoss`. A controller with `needs_targets` is built
-    with the keyword `targets`, a mapping name -> nats.
+    with the keyword `targets`, a mapping name -> nats; one that takes `tokens` gets the training tokens by domain.
+    `start` and `observe` may take a further keyword `progress`, a `Progress`: where the run stands. An optional
+    `explain(state, losses)`, with `progress` where `observe` has it, returns the `Explanation` of that update.
     """
 
     needs_targets: ClassVar[bool]
@@ -61,6 +76,39 @@ class Controller(Protocol):
     def state_from_json(self, value: Mapping[str, Any]) -> Any:
         """The `ControllerState` that `to_json` wrote."""
         ...
+
+
+def start(
+    controller: Controller,
+    losses: Mapping[str, float],
+    weights: Mapping[str, float],
+    progress: Progress | None = None,
+) -> Any:
+    """`controller.start`, with `progress` where it takes that."""
+    return controller.start(losses, weights, **_progress(controller.start, progress))
+
+
+def observe(
+    controller: Controller, state: Any, losses: Mapping[str, float], progress: Progress | None = None
+) -> tuple[Any, MixtureWeights]:
+    """`controller.observe`, with `progress` where it takes that."""
+    return controller.observe(state, losses, **_progress(controller.observe, progress))
+
+
+def explain(
+    controller: Controller, state: Any, losses: Mapping[str, float], progress: Progress | None = None
+) -> Explanation | None:
+    """`controller.explain`, with `progress` where it takes that; None of a controller that explains nothing."""
+    method = getattr(controller, "explain", None)
+    return None if method is None else method(state, losses, **_progress(method, progress))
+
+
+def _progress(method: Callable[..., Any], progress: Progress | None) -> dict[str, Progress]:
+    if progress is None:
+        return {}
+    taken = inspect.signature(method).parameters.values()
+    takes = any(p.name == "progress" or p.kind is p.VAR_KEYWORD for p in taken)
+    return {"progress": progress} if takes else {}
 
 
 _REGISTRY: dict[str, Callable[..., Controller]] = {}
@@ -89,8 +137,31 @@ def register(name: str) -> Callable[[_C], _C]:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all registered controllers, sorted."""
-    return tuple(sorted(_REGISTRY))
+    """The names of all controllers, registered and announced by installed packages, sorted."""
+    return tuple(sorted({*_REGISTRY, *(point.name for point in entry_points(group=GROUP))}))
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run the Python file at `path`, which registers controllers. A file that was loaded is not run again.
+
+    Raises `ConfigError` where it does not exist, fails, or is no Python file.
+    """
+    place = Path(path).resolve()
+    name = f"velopath_plugin_{place.stem}"
+    if (loaded := sys.modules.get(name)) is not None and loaded.__file__ == str(place):
+        return
+    spec = importlib.util.spec_from_file_location(name, place) if place.is_file() else None
+    if spec is None or spec.loader is None:
+        raise ConfigError(
+            f"no Python file {place}; control.plugin names a file ending in .py that registers controllers"
+        )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ConfigError(f"control.plugin {place} failed: {type(error).__name__}: {error}") from error
 
 
 def needs_targets(name: str) -> bool:
@@ -122,6 +193,9 @@ def build(name: str, **options: Any) -> Controller:
 
 def _find(name: str) -> Callable[..., Controller]:
     if name not in _REGISTRY:
+        for point in entry_points(group=GROUP, name=name):
+            register(name)(point.load())
+            return _REGISTRY[name]
         raise ConfigError(f"unknown controller {name!r}; registered are {', '.join(names())}")
     return _REGISTRY[name]
 
@@ -131,5 +205,5 @@ def _place(controller: Callable[..., Any]) -> str:
 
 
 register("velocitune")(Velocitune)
-register("static")(Static)
-register("uniform")(Uniform)
+for _rule in (Static, Uniform, Temperature, Schedule, DynamicBatchLoading, DoReMi, Ado, Odm):
+    register(_rule.name)(_rule)

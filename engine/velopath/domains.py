@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
+from typing import Any
 
 from velopath.errors import ConfigError
 
@@ -148,3 +149,34 @@ def integer_shares(weights: Sequence[float]) -> list[int]:
     for k in by_remainder[: SHARE_ONE - sum(shares)]:
         shares[k] += 1
     return shares
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands when its controller is asked; a controller may ignore all of it.
+
+    `step` counts the updates done on the main path. `first` is the step at which the controller started (that of its
+    slice), `end` the one at which the slice ends (None: not known). `tokens` maps each domain to its training tokens
+    that all ranks have read since `first`, `epoch` to the training tokens of one epoch of it.
+    """
+
+    step: int
+    first: int = 0
+    end: int | None = None
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    epoch: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value from which `from_json` makes an equal one."""
+        return {
+            "step": self.step,
+            "first": self.first,
+            "end": self.end,
+            "tokens": dict(self.tokens),
+            "epoch": dict(self.epoch),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Progress:
+        """What `to_json` wrote."""
+        return cls(value["step"], value["first"], value["end"], dict(value["tokens"]), dict(value["epoch"]))

@@ -319,6 +319,7 @@ class Run:
                 reduce=self.dist.all_reduce_sum,
                 record=lambda record: self.log({**record, "slice": piece.slice}),
                 segment=segment,
+                end=piece.first + entry.steps,
             )
             if known is not None:
                 session.load_state_dict(known["session"])

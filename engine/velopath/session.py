@@ -28,8 +28,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from velopath import controllers
 from velopath.controllers import Controller
-from velopath.domains import DomainLoss, MixtureWeights
+from velopath.domains import DomainLoss, MixtureWeights, Progress
 from velopath.errors import ConfigError, VelopathError
 from velopath.schedule import LrPath
 from velopath.stream import Sampler, TokenBatch
@@ -49,7 +50,8 @@ class Session:
 
     `path` gives the rate of each step. `controller` (None: the weights stay) is asked every `every` steps, counted
     from the sampler's first step. `reduce` adds a (2, K) array over ranks (default: one rank). `record` receives
-    one dict per control, for a log; give it on rank 0 only. `segment` names the stretch in those records.
+    one dict per control, for a log; give it on rank 0 only. `segment` names the stretch in those records; `end` is the
+    step at which it is planned to end, for controllers that plan ahead.
     """
 
     def __init__(
@@ -62,11 +64,12 @@ class Session:
         reduce: Callable[[Any], Any] | None = None,
         record: Record | None = None,
         segment: str = "main",
+        end: int | None = None,
     ) -> None:
         if every < 1:
             raise ConfigError(f"every is {every}; the controller needs 1 step or more between updates")
         self.sampler, self.path, self.controller, self.segment = sampler, path, controller, segment
-        self.every = every
+        self.every, self.end = every, end
         self.step = sampler.step
         """Steps finished, which is the number of the next step."""
         self.wait_seconds = 0.0
@@ -119,6 +122,18 @@ class Session:
     def started(self) -> bool:
         """Whether the controller knows its first losses."""
         return self._state is not None
+
+    @property
+    def progress(self) -> Progress:
+        """Where the stretch stands, for the controller: steps, and tokens read by all ranks."""
+        table = self.sampler.table
+        return Progress(
+            self.step,
+            self._first,
+            self.end,
+            {name: round(row["tokens"]) for name, row in self.sampler.exposure().items()},
+            dict(zip(table.names, table.tokens, strict=True)),
+        )
 
     @property
     def observed(self) -> bool:
@@ -185,12 +200,12 @@ class Session:
             return self.weights
         self._observed = self.step
         if not self.started:
-            self._state = self.controller.start(losses, self.weights)
+            self._state = controllers.start(self.controller, losses, self.weights, self.progress)
             if dict(self._state.weights) != dict(self.weights):  # floor and cap act on the first weights too
                 self._push(self._state.weights)
             self._log("start")
             return self.weights
-        self._state, proposed = self.controller.observe(self._state, losses)
+        self._state, proposed = controllers.observe(self.controller, self._state, losses, self.progress)
         self._push(proposed)
         self._log("update")
         return self.weights

@@ -7,79 +7,24 @@ token; V[i] velocity; w[i] share. Everything here is pure: a state goes in, a ne
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from velopath.domains import DomainLoss, MixtureWeights, check_weights
-from velopath.errors import ConfigError, NumericalError
+from velopath.errors import ConfigError
+from velopath.rule_state import Explanation
+from velopath.shares import (
+    bounded_shares,
+    check_range,
+    logs_of,
+    mean_losses,
+    normalised_logs,
+    shares_of,
+    smoothed,
+)
 
-_TINY = 1e-200  # stands for a share of 0 while shares are scaled, so that the scale stays finite
-
-
-def mean_losses(
-    losses: Mapping[str, float],
-    names: Sequence[str],
-    last: Sequence[float] | None = None,
-) -> tuple[float, ...]:
-    """Mean losses in nats per token, in the order of `names`.
-
-    `losses` is a mapping or a `DomainLoss`. A domain that it lacks (no tokens were counted) takes its value from
-    `last` where that is given. Raises `ConfigError` on a missing or unknown domain and `NumericalError` on NaN
-    or infinity, naming the domain.
-    """
-    unknown = [n for n in losses if n not in names]
-    if unknown:
-        raise ConfigError(f"loss for unknown domain {unknown[0]!r}; the domains are {', '.join(names)}")
-    means = []
-    for k, name in enumerate(names):
-        if name in losses:
-            loss = losses[name]
-        elif last is not None:
-            loss = last[k]
-        else:
-            raise ConfigError(
-                f"no loss for domain {name!r} (no tokens of it were evaluated); every one of "
-                f"{', '.join(names)} needs one: evaluate more tokens or set missing='last'"
-            )
-        if not math.isfinite(loss):
-            raise NumericalError(
-                f"loss of domain {name!r} is {loss}; expected a finite number: the weights were left as they were"
-            )
-        means.append(float(loss))
-    return tuple(means)
-
-
-def bounded_shares(shares: Sequence[float], floor: float, cap: float) -> tuple[float, ...]:
-    """Shares scaled by one common factor and cut to [floor, cap] so that they sum to 1 (to rounding).
-
-    Solves sum_i min(max(x * w[i], floor), cap) = 1 for x: shares strictly between the bounds keep their
-    proportions. Shares inside the bounds come back unchanged. Raises `ConfigError` where K domains cannot
-    satisfy the bounds. Our choice.
-    """
-    count = len(shares)
-    if floor * count > 1 or cap * count < 1:
-        raise ConfigError(
-            f"floor {floor} and cap {cap} cannot hold for {count} domains: their shares sum to 1, so the floor "
-            f"can be at most {1 / count:.4g} and the cap at least {1 / count:.4g}"
-        )
-    if all(floor <= share <= cap for share in shares):
-        return tuple(shares)
-    raised = [max(share, _TINY) for share in shares]
-
-    def cut(scale: float) -> list[float]:
-        return [min(max(scale * share, floor), cap) for share in raised]
-
-    # The sum of the cut shares grows with the scale: halve down to neighbouring floats. Geometric steps first,
-    # because the scale may span hundreds of decades.
-    low, high = _TINY, cap / min(raised)
-    while low < (middle := _between(low, high)) < high:
-        if math.fsum(cut(middle)) < 1:
-            low = middle
-        else:
-            high = middle
-    result = cut(high)
-    return tuple(r if s > 0 or r > math.sqrt(_TINY) else floor for r, s in zip(result, shares, strict=True))
+__all__ = ["VelocityState", "Velocitune", "bounded_shares", "mean_losses"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +36,8 @@ class VelocityState:
     `initial`, `target` and `last` are losses in nats per token. `velocity` is V of the last update (None before
     the first), after clamping and after the rule for small gaps. `clipped` names the domains whose V left [0, 1]
     at the last update, `flagged` those whose gap is too small for a velocity of their own. `updates` counts
-    updates, `id` is the id of the weights.
+    updates, `id` is the id of the weights. `prior` are the first shares (None in states saved before there was a
+    use for them).
     """
 
     names: tuple[str, ...]
@@ -105,6 +51,7 @@ class VelocityState:
     flagged: tuple[str, ...] = ()
     updates: int = 0
     id: int = 0
+    prior: tuple[float, ...] | None = None
 
     @property
     def weights(self) -> MixtureWeights:
@@ -151,7 +98,8 @@ class Velocitune:
     below is our choice and off by default:
 
     - `step_size`: eta.
-    - `smoothing`: c in w <- (1 - c) * w + c / K.
+    - `smoothing`: c in w <- (1 - c) * w + c * q, with q = 1/K (`smoothing_to` "uniform", as the relatives' code has
+      it) or q = the first shares ("prior"). It makes the integral of V leak.
     - `small_gap`: "raise" makes `start` refuse a domain with l_init <= l_target, where the rule is undefined.
       "mean": a domain whose gap l_init - l_target is below `min_gap` nats or below 2 standard errors of l_init
       (where `losses` is a `DomainLoss` that knows them) is flagged and takes the mean V of the other domains; if
@@ -167,6 +115,7 @@ class Velocitune:
     _: KW_ONLY
     step_size: float = 1.0
     smoothing: float = 0.0
+    smoothing_to: Literal["uniform", "prior"] = "uniform"
     small_gap: Literal["raise", "mean"] = "raise"
     min_gap: float = 0.25
     floor: float = 0.0
@@ -180,12 +129,13 @@ class Velocitune:
         for name, target in self.targets.items():
             if isinstance(target, bool) or not isinstance(target, (int, float)) or not math.isfinite(target):
                 raise ConfigError(f"target of domain {name!r} is {target!r}; expected a finite loss in nats")
-        _check_range("step_size", self.step_size, 0.0, math.inf, "positive", self.step_size > 0)
-        _check_range("smoothing", self.smoothing, 0.0, 1.0, "in [0, 1]")
-        _check_range("min_gap", self.min_gap, 0.0, math.inf, "0 nats or more")
-        _check_range("floor", self.floor, 0.0, 1.0, "in [0, 1]")
-        _check_range("cap", self.cap, 0.0, 1.0, "in [0, 1]")
+        check_range("step_size", self.step_size, 0.0, math.inf, "positive", self.step_size > 0)
+        check_range("smoothing", self.smoothing, 0.0, 1.0, "in [0, 1]")
+        check_range("min_gap", self.min_gap, 0.0, math.inf, "0 nats or more")
+        check_range("floor", self.floor, 0.0, 1.0, "in [0, 1]")
+        check_range("cap", self.cap, 0.0, 1.0, "in [0, 1]")
         for option, value, known in (
+            ("smoothing_to", self.smoothing_to, ("uniform", "prior")),
             ("small_gap", self.small_gap, ("raise", "mean")),
             ("missing", self.missing, ("raise", "last")),
         ):
@@ -208,7 +158,15 @@ class Velocitune:
         shares = bounded_shares([weights[n] / total for n in names], self.floor, self.cap)
         first_id = weights.id if isinstance(weights, MixtureWeights) else 0
         return VelocityState(
-            names, shares, _logs(shares), initial, target, initial, flagged=flagged, id=first_id
+            names,
+            shares,
+            logs_of(shares),
+            initial,
+            target,
+            initial,
+            flagged=flagged,
+            id=first_id,
+            prior=shares,
         )
 
     def observe(
@@ -219,20 +177,64 @@ class Velocitune:
         Losses equal to the first ones leave the weights bit for bit as they are (every V is 1; with `smoothing`
         they still move to uniform). Raises `NumericalError` on NaN or infinity; `state` is then still valid.
         """
+        update = self._update(state, losses)
+        return update.state, update.state.weights
+
+    def explain(self, state: VelocityState, losses: Mapping[str, float]) -> Explanation:
+        """The update that `observe` makes of the same arguments, with its numbers."""
+        update = self._update(state, losses)
+        after, velocity = update.state, update.state.velocity or ()
+        total = math.fsum(
+            w * math.exp(self.step_size * v) for w, v in zip(state.shares, velocity, strict=True)
+        )
+        terms, worked, guards = {}, {}, {}
+        for k, name in enumerate(state.names):
+            now, goal, first, v = after.last[k], state.target[k], state.initial[k], velocity[k]
+            terms[name] = {"raw": update.raw[k], "velocity": v, "factor": math.exp(self.step_size * v)}
+            terms[name] |= {"scaled": update.scaled[k], "smoothed": update.smoothed[k]}
+            fired = [
+                ("small gap", name in state.flagged),
+                ("clip", name in after.clipped),
+                ("smoothing", bool(self.smoothing)),
+                ("floor", after.shares[k] == self.floor and update.smoothed[k] < self.floor),
+                ("cap", after.shares[k] == self.cap and update.smoothed[k] > self.cap),
+            ]
+            guards[name] = tuple(guard for guard, did in fired if did)
+            gap = first - goal
+            own = f"V = ({now:.4f} - {goal:.4f}) / ({first:.4f} - {goal:.4f}) = "
+            own += f"{now - goal:.4f} / {gap:.4f} = {update.raw[k]:.4f}" if gap else "undefined"
+            if name in state.flagged:
+                own += f", gap too small: mean of the others {v:.4f}"
+            elif name in after.clipped:
+                own += f", cut to {v:.4f}"
+            worked[name] = (
+                f"{own}; w: {state.shares[k]:.4f} * exp({self.step_size:g} * {v:.4f}) / {total:.4f} = "
+                f"{update.scaled[k]:.4f}"
+            )
+            if after.shares[k] != update.scaled[k]:
+                bounds = [g for g in guards[name] if g in ("smoothing", "floor", "cap")]
+                worked[name] += f", then {', '.join(bounds) or 'bounds of others'}: {after.shares[k]:.4f}"
+        formula = (
+            "V = (l - l_target) / (l_init - l_target), in 0 ... 1; w <- w exp(eta V) / sum(w exp(eta V))"
+        )
+        return Explanation(formula, terms, worked, guards)
+
+    def _update(self, state: VelocityState, losses: Mapping[str, float]) -> _Update:
         last = mean_losses(losses, state.names, state.last if self.missing == "last" else None)
-        velocity, clipped = self._velocities(state, last)
+        raw, velocity, clipped = self._velocities(state, last)
         shares, logs = state.shares, state.log_shares
         if max(velocity) > min(velocity):
-            logs = _normalised([w + self.step_size * v for w, v in zip(logs, velocity, strict=True)])
-            shares = _shares(logs)
+            logs = normalised_logs([w + self.step_size * v for w, v in zip(logs, velocity, strict=True)])
+            shares = shares_of(logs)
+        scaled = shares
         if self.smoothing:
-            even = self.smoothing / len(shares)
-            shares = tuple((1 - self.smoothing) * share + even for share in shares)
-            logs = _logs(shares)
+            shares = smoothed(shares, self.smoothing, state.prior if self.smoothing_to == "prior" else None)
+            logs = logs_of(shares)
+        mixed = shares
         bounded = bounded_shares(shares, self.floor, self.cap)
         if bounded != shares:
-            shares, logs = bounded, _logs(bounded)
-        state = replace(
+            shares, logs = bounded, logs_of(bounded)
+        after = replace(
             state,
             shares=shares,
             log_shares=logs,
@@ -242,7 +244,7 @@ class Velocitune:
             updates=state.updates + 1,
             id=state.id + 1,
         )
-        return state, state.weights
+        return _Update(raw, scaled, mixed, after)
 
     def state_from_json(self, value: Mapping[str, Any]) -> VelocityState:
         """The state that `VelocityState.to_json` wrote, exactly. Raises `ConfigError` on another controller's state."""
@@ -252,7 +254,7 @@ class Velocitune:
                 "expected 'velocitune' version 1"
             )
         known = {f.name for f in fields(VelocityState)}
-        if missing := sorted(known - set(value)):
+        if missing := sorted(known - {"prior"} - set(value)):
             raise ConfigError(f"velocitune state lacks {missing[0]!r}; the saved state is incomplete")
         data: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k in known
@@ -262,6 +264,10 @@ class Velocitune:
         if set(state.names) != set(self.targets):
             raise ConfigError(
                 f"saved state has domains {', '.join(state.names)} but the targets name {', '.join(self.targets)}"
+            )
+        if state.prior is None and self.smoothing_to == "prior":
+            raise ConfigError(
+                "the saved state has no first shares, which smoothing_to='prior' needs; start again"
             )
         return state
 
@@ -288,44 +294,27 @@ class Velocitune:
 
     def _velocities(
         self, state: VelocityState, last: tuple[float, ...]
-    ) -> tuple[tuple[float, ...], tuple[str, ...]]:
-        """V by domain, and the names whose V was clamped."""
+    ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
+        """(l - l_target) / (l_init - l_target), V, and the names whose V was clamped."""
+        every: list[float] = []
         own: dict[str, float] = {}
         clipped = []
         for name, loss, start, goal in zip(state.names, last, state.initial, state.target, strict=True):
+            every.append((loss - goal) / (start - goal) if start != goal else math.nan)
             if name in state.flagged:
                 continue
-            raw = (loss - goal) / (start - goal)
-            own[name] = min(max(raw, 0.0), 1.0)
-            if own[name] != raw:
+            own[name] = min(max(every[-1], 0.0), 1.0)
+            if own[name] != every[-1]:
                 clipped.append(name)
         neutral = math.fsum(own.values()) / len(own) if own else 1.0
-        return tuple(own.get(name, neutral) for name in state.names), tuple(clipped)
+        return tuple(every), tuple(own.get(name, neutral) for name in state.names), tuple(clipped)
 
 
-def _check_range(
-    option: str, value: float, low: float, high: float, expected: str, holds: bool = True
-) -> None:
-    number = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
-    if not (number and low <= value <= high and holds):
-        raise ConfigError(f"{option} is {value!r}; expected a number {expected}")
+@dataclass(frozen=True)
+class _Update:
+    """The stages of an update: V before the clamp, shares after the exponential and after smoothing, the new state."""
 
-
-def _between(low: float, high: float) -> float:
-    return (low + high) / 2 if high < 2 * low else math.sqrt(low) * math.sqrt(high)
-
-
-def _logs(shares: Sequence[float]) -> tuple[float, ...]:
-    return tuple(math.log(share) if share > 0 else -math.inf for share in shares)
-
-
-def _normalised(logs: Sequence[float]) -> tuple[float, ...]:
-    top = max(logs)
-    norm = top + math.log(math.fsum(math.exp(x - top) for x in logs))
-    return tuple(x - norm for x in logs)
-
-
-def _shares(logs: Sequence[float]) -> tuple[float, ...]:
-    shares = [math.exp(x) for x in logs]
-    total = math.fsum(shares)
-    return tuple(share / total for share in shares)
+    raw: tuple[float, ...]
+    scaled: tuple[float, ...]
+    smoothed: tuple[float, ...]
+    state: VelocityState
