@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test bench interop sanitize lint clean help
+.PHONY: install demo test bench peers interop sanitize lint clean help
 help:  ## show these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -28,6 +28,18 @@ test: $(STAMP)  ## run the tests
 
 bench: $(STAMP)  ## run the benchmarks that need no GPU
 	$(BIN)/python -m benchmarks all
+
+peers: .venv-peers/.installed .venv-mosaic/.peer  ## install the data loaders that bench compares with (2.5 GB)
+
+.venv-peers/.installed: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --disable-pip-version-check -q -r benchmarks/peers.txt
+	@touch $@
+
+.venv-mosaic/.peer:
+	$(PYTHON) -m venv .venv-mosaic
+	.venv-mosaic/bin/python -m pip install --disable-pip-version-check -q mosaicml-streaming==0.13.0 torch==2.13.0
+	@touch $@
 
 interop: $(STAMP)  ## check both directions against mosaicml-streaming, in .venv-mosaic (1 GB)
 	PYTHONPATH=tests $(BIN)/python -m interop.check --venv .venv-mosaic --results tests/interop/results

@@ -80,7 +80,13 @@ def _run_suite(name: str, options: argparse.Namespace, command: str) -> None:
         seconds=time.perf_counter() - start,
         quick=options.quick,
     )
-    _publish(found, suite.table(result), options)
+    tables = suite.table(result)
+    if hasattr(suite, "plot"):
+        options.out.mkdir(parents=True, exist_ok=True)
+        picture = report.paths(options.out, found)[0].with_suffix(".png")
+        suite.plot(result, picture)
+        tables += f"\n![{name}]({picture.name})\n"
+    _publish(found, tables, options)
 
 
 def _run_gpu(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> int:

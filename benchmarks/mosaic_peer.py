@@ -1,17 +1,15 @@
-"""mosaicml-streaming as a peer in the sampler's benchmark. Runs in an environment of its own; imports no velopath.
+"""mosaicml-streaming as a peer of the sampler. Runs in an environment of its own; imports no velopath.
 
-    PYTHON benchmarks/mosaic_peer.py DOCUMENTS ROWS ROW_COUNT ROW_TOKENS SEPARATE_WORKERS SHARES
+    PYTHON benchmarks/mosaic_peer.py FOLDER ROWS ROW_TOKENS WORKERS SHARES
 
-Reads `NAME SECONDS` lines from stdin and answers each with `{"tokens":..,"seconds":..,"cpu_seconds":..}`. NAME is
-`documents` (StreamingDataset over the documents, packed into rows as LLM-foundry's ConcatTokensDataset does),
-`documents-workers` (the same in DataLoader worker processes) or `rows` (rows packed offline, one per sample).
-The mix is static: `Stream(proportion=...)`. A batch is int64 (ROW_COUNT, ROW_TOKENS + 1).
+`benchmarks.peer_serving` says how it is asked. `documents` is StreamingDataset over the documents of FOLDER/raw, packed
+into rows as LLM-foundry's ConcatTokensDataset does, `rows` over FOLDER/rows, packed offline, one row per sample;
+`-workers` the same in DataLoader worker processes. The mix is static: `Stream(proportion=...)`.
 """
 
 import json
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
@@ -38,6 +36,8 @@ stub_torchvision()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from streaming import Stream, StreamingDataset  # noqa: E402
+
+from peer_serving import serve  # noqa: E402
 
 
 class ConcatTokens(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
@@ -74,40 +74,26 @@ def dataset(root: str, shares: dict[str, float], batch: int) -> StreamingDataset
 
 
 def main() -> None:
-    documents, rows, count, row_tokens, workers, shares = sys.argv[1:]
-    batch, width, mix = int(count), int(row_tokens) + 1, json.loads(shares)
+    folder, rows, row_tokens, workers, shares = sys.argv[1:]
+    batch, width, mix = int(rows), int(row_tokens) + 1, json.loads(shares)
 
-    def loader(source: Any, processes: int = 0) -> Iterator[Any]:
+    def documents(processes: int) -> Iterator[Any]:
+        return loader(ConcatTokens(dataset(f"{folder}/raw", mix, batch), width), processes)
+
+    def packed(processes: int) -> Iterator[Any]:
+        return loader(Rows(dataset(f"{folder}/rows", mix, batch)), processes)
+
+    def loader(source: Any, processes: int) -> Iterator[Any]:
         return iter(torch.utils.data.DataLoader(source, batch_size=batch, num_workers=processes))
 
     makers = {
-        "documents": lambda: loader(ConcatTokens(dataset(documents, mix, batch), width)),
-        "documents-workers": lambda: loader(
-            ConcatTokens(dataset(documents, mix, batch), width), int(workers)
-        ),
-        "rows": lambda: loader(Rows(dataset(rows, mix, batch))),
+        "documents": lambda: documents(0),
+        "documents-workers": lambda: documents(int(workers)),
+        "rows": lambda: packed(0),
+        "rows-workers": lambda: packed(int(workers)),
     }
     torch.set_num_threads(1)
-    running: dict[str, Iterator[Any]] = {}
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        name, seconds = line.split()
-        if name not in running:
-            running[name] = makers[name]()
-            for _ in range(8):
-                next(running[name])
-        batches, start, cpu = 0, time.perf_counter(), time.process_time()
-        while time.perf_counter() - start < float(seconds):
-            tokens = next(running[name])
-            assert tokens.shape == (batch, width)
-            batches += 1
-        spent = time.perf_counter() - start
-        answer = {
-            "tokens": batches * batch * int(row_tokens),
-            "seconds": spent,
-            "cpu_seconds": time.process_time() - cpu,
-        }
-        print(json.dumps(answer), flush=True)
+    serve(makers, batch, int(row_tokens))
 
 
 if __name__ == "__main__":

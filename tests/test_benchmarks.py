@@ -111,15 +111,6 @@ def test_bar(bar: bars.Bar, met: bool | None) -> None:
     assert bar.to_json()["met"] is met
 
 
-def test_bars_of_the_sampler() -> None:
-    peers = {"memmap": 4.0, "mosaic-documents": 150.0, "mosaic-documents-workers": 90.0, "mosaic-rows": 60.0}
-    result = {"ratios": {"raw-thread": peers, "zstd-thread": peers}}
-    # The peer's best setting counts: 90, not 150.
-    assert [(b.value, b.met) for b in bars.sampler_bars(result)] == [(90.0, False), (90.0, True), (4.0, True)]
-    result = {"ratios": {"raw-thread": {"memmap": 4.0}, "zstd-thread": {"memmap": 4.0}}}
-    assert [b.met for b in bars.sampler_bars(result)] == [None, None, True]
-
-
 def test_bars_of_the_loss() -> None:
     def found(ms: float, mib: float) -> dict[str, Any]:
         return {"ms": {"median": ms}, "extra_mib": mib}
