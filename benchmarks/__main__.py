@@ -27,6 +27,10 @@ NAMES = (*CPU_SUITES, "gpu", "all")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["paths"]:
+        from benchmarks.paths import command as paths
+
+        return paths.main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     names = list(
@@ -53,7 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
-    parser.add_argument("names", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument(
+        "names",
+        nargs="+",
+        choices=NAMES,
+        metavar="NAME",
+        help=f"{', '.join(NAMES)}; or alone: paths, a study with options of its own (paths --help)",
+    )
     parser.add_argument("--quick", action="store_true", help="smaller and shorter, for a look")
     parser.add_argument(
         "--out",
