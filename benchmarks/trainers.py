@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from benchmarks.timing import summary, wait_for
 from velopath.dist import Dist
-from velopath.loop import Meter
 from velopath.mds import MdsWriter
+from velopath.meter import Meter
 from velopath.model import Decoder, ModelConfig
 from velopath.optim import build_optimizer
+from velopath.phases import Phases
 from velopath.schedule import LrPath
 from velopath.session import Session
 from velopath.stream import open_sampler
@@ -110,7 +111,13 @@ class Velopath:
     ) -> None:
         self.setup, self.record, dist = setup, record, Dist(device=setup.device)
         decoder = Decoder(setup.model, device=setup.device)
-        options = {"n_domains": len(SHARES), "dist": dist, "bf16": setup.bf16}
+        phases = None if record is None else Phases(setup.device)
+        options: dict[str, Any] = {
+            "n_domains": len(SHARES),
+            "dist": dist,
+            "bf16": setup.bf16,
+            "phases": phases,
+        }
         optimizer = build_optimizer(decoder)
         if loss is None:
             self.step = TrainStep(decoder, optimizer, compile=setup.compile, **options)
@@ -126,7 +133,7 @@ class Velopath:
             )
         )
         self.session = Session(self.sampler, LrPath.main(peak=PEAK, warmup_steps=10))
-        self.meter = Meter(self.session, dist)
+        self.meter = Meter(self.session, dist, record or (lambda _: None), phases=phases)
         self._in_flight: deque[tuple[torch.cuda.Event, Any]] = deque()
 
     def one_step(self) -> StepResult:
@@ -143,7 +150,7 @@ class Velopath:
         if self.record is not None:
             self.meter.add(result)
             if self.session.step % LOG_EVERY == 0:
-                self.record(self.meter.record(rate))
+                self.meter.record(rate)
         return result
 
     def block(self, steps: int) -> Sample:
@@ -151,6 +158,7 @@ class Velopath:
         start, waited = time.perf_counter(), self.session.wait_seconds
         for _ in range(steps):
             self.one_step()
+        self.meter.flush()
         wait_for(self.setup.device)
         spent = time.perf_counter() - start
         return {"seconds": spent, "wait_seconds": self.session.wait_seconds - waited, "steps": steps}
@@ -192,7 +200,8 @@ class Velopath:
             adds.append(time.perf_counter() - start)
             if number % LOG_EVERY == 0:
                 start = time.perf_counter()
-                self.record(self.meter.record(PEAK))
+                self.meter.record(PEAK)
+                self.meter.flush()
                 records.append(time.perf_counter() - start)
         return {"ms_per_step": 1e3 * (statistics.median(adds) + statistics.median(records) / LOG_EVERY)}
 

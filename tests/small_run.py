@@ -41,7 +41,7 @@ TREE: dict[str, Any] = {
     "proxy": {"steps": 30, "points": 5, "first": 0.2},
     "evaluate": {"tokens": 400},
 }
-TIMINGS = ("tokens_per_second", "data_wait_share", "seconds")
+TIMINGS = ("tokens_per_second", "flops_per_second", "mfu", "data_wait_share", "seconds", "phase_seconds")
 
 
 def tree(data: Path, **changes: Any) -> dict[str, Any]:

@@ -110,6 +110,10 @@ class TrainConfig(_Tree):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over fp32 master weights")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool | None = Field(None, description="torch.compile; null: on a GPU only")
+    peak_flops: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="bf16 FLOP/s of one device, to print the share reached (MFU); null: known GPUs' own",
+    )
     threads: Annotated[int, Field(ge=0)] = Field(1, description="prefetch threads of the sampler")
     cpu_threads: PositiveInt | None = Field(
         None, description="threads of torch's CPU kernels; null: torch's choice. Tiny models: 1"

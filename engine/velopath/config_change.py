@@ -17,6 +17,7 @@ FREE = (
     "evaluate",
     "train.device",
     "train.compile",
+    "train.peak_flops",
     "train.threads",
     "train.log_every",
     "train.checkpoint_every",

@@ -10,6 +10,31 @@ from typing import Any
 import torch
 
 PACKAGES = ("velopath", "torch", "triton", "numpy", "numba", "tokenizers", "safetensors")
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GB200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+    "MI250X": 191e12,
+}
+"""Dense bf16 FLOP/s by the makers' data sheets; the name is part of the device's. MI250X: one of its two dies."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s that the maker states for this GPU; None on a CPU and where it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    words = f" {name.replace('-', ' ')} "
+    return next((peak for known, peak in PEAK_FLOPS.items() if f" {known} " in words), None)
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

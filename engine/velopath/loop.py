@@ -6,7 +6,6 @@ It stands on `Session`, the seam that other trainers embed, and adds what a whol
 from __future__ import annotations
 
 import signal
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,16 +22,13 @@ from velopath.checkpoint import prune, save_checkpoint, step_folder
 from velopath.config import RunConfig
 from velopath.dist import Dist
 from velopath.domains import DomainLoss
-from velopath.errors import DataError, NumericalError, StoppedError, VelopathError
+from velopath.environment import peak_flops
+from velopath.errors import DataError, StoppedError, VelopathError
 from velopath.evaluate import HeldOut, evaluate
-from velopath.model import Decoder
+from velopath.meter import Log, Meter
+from velopath.phases import Phases
 from velopath.session import Session
-from velopath.train_step import StepResult, TrainStep
-
-SKIPS_IN_A_ROW = 3
-"""Steps in a row whose gradient is not finite before the loop gives up (our choice)."""
-
-Log = Callable[[dict[str, Any]], None]
+from velopath.train_step import TrainStep
 
 
 class StopRequest:
@@ -62,7 +58,7 @@ class StopRequest:
 
 @dataclass
 class Loop:
-    """Model, optimiser and held-out set of one run on this rank, and the loop over a session's steps.
+    """The step (model and optimiser) and held-out set of one run on this rank, and the loop over a session's steps.
 
     `checkpoints` is the folder of this segment's checkpoints, one sub-folder `step-NNNNNNNN` each. `log` gets every
     metrics record, on rank 0 only.
@@ -70,8 +66,8 @@ class Loop:
 
     config: RunConfig
     dist: Dist
-    decoder: Decoder
-    optimizer: torch.optim.Optimizer
+    step: TrainStep
+    phases: Phases
     heldout: Callable[[tuple[str, ...]], HeldOut]
     log: Log
     stop: StopRequest = field(default_factory=StopRequest)
@@ -97,19 +93,17 @@ class Loop:
         Raises `StoppedError` after a requested stop (state saved), `NumericalError` after `SKIPS_IN_A_ROW`
         steps without a finite gradient (nothing saved since), `DataError` where the data ends early.
         """
-        train = self.config.train
-        step = TrainStep(
-            self.decoder,
-            self.optimizer,
-            n_domains=len(session.sampler.names),
-            dist=self.dist,
-            micro_rows=train.micro_rows,
-            clip=train.clip,
-            bf16=train.precision == "bf16",
-            compile=self.dist.device.type == "cuda" if train.compile is None else train.compile,
+        train, step = self.config.train, self.step
+        n_domains = len(session.sampler.names)
+        step.decoder.train()
+        meter = Meter(
+            session,
+            self.dist,
+            self.log,
+            phases=self.phases,
+            flops_per_token=step.decoder.flops_per_token(train.row_tokens),
+            peak_flops=train.peak_flops or peak_flops(self.dist.device),
         )
-        self.decoder.train()
-        meter = Meter(session, self.dist)
         in_flight: deque[tuple[Any, Any]] = deque()
         digest = ""
         self.control(session, slice_name, watch)
@@ -118,6 +112,7 @@ class Loop:
             try:
                 batch = session.next_batch()
             except StopIteration:
+                meter.flush()
                 self.save(session, slice_name=slice_name, checkpoints=checkpoints, keep=keep)
                 raise DataError(
                     f"the data ended at step {session.step} of {until} (exhaustion {self.config.data.exhaustion!r}); "
@@ -126,17 +121,21 @@ class Loop:
             result = step(self._to_device(batch.tokens), self._to_device(batch.domains), rate)
             if self.dist.device.type == "cuda":
                 self._hold_until_copied(in_flight, batch)
-            session.on_step(torch.where(torch.isfinite(result.grad_norm), result.sums, 0.0))
+            sums = result.sums[:, :n_domains]
+            session.on_step(torch.where(torch.isfinite(result.grad_norm), sums, 0.0))
             meter.add(result)
             if session.step % train.log_every == 0 or session.step == until:
-                self.log(meter.record(rate))
+                meter.record(rate)
             stop = self._must_stop(session.step)  # asked once a step: a signal may come at any moment
+            due = session.step % train.checkpoint_every == 0 or session.step in keep
+            save = due or stop or session.step == until
+            if save or session.control_due:
+                meter.flush()
             with meter.paused():
                 self.control(session, slice_name, watch)
                 if session.step == until:
                     self._log_end(session, slice_name, evaluate_end)
-                due = session.step % train.checkpoint_every == 0 or session.step in keep
-                if due or stop or session.step == until:
+                if save:
                     digest = self.save(session, slice_name=slice_name, checkpoints=checkpoints, keep=keep)
             if stop and session.step < until:
                 raise StoppedError(
@@ -152,9 +151,12 @@ class Loop:
             if watch and session.controller is None and session.step % session.every == 0:
                 self.evaluate(tokens, session=session, slice_name=slice_name)
         elif self.config.control.signal == "heldout" or not session.started:
-            session.on_eval(self.evaluate(tokens, session=session, slice_name=slice_name))
+            losses = self.evaluate(tokens, session=session, slice_name=slice_name)
+            with self.phases.host("control"):
+                session.on_eval(losses)
         else:
-            session.on_eval(session.training_loss())
+            with self.phases.host("control"):
+                session.on_eval(session.training_loss())
 
     def _log_end(self, session: Session, slice_name: str, evaluate: bool) -> None:
         """What the stretch has read in all, and on request its held-out loss."""
@@ -166,7 +168,8 @@ class Loop:
     def evaluate(self, tokens: int, *, session: Session, slice_name: str, kind: str = "eval") -> DomainLoss:
         """Held-out loss per domain on `tokens` tokens of each, the same on all ranks, logged as a record `kind`."""
         rotation = session.step if self.config.control.rotate and kind == "eval" else 0
-        losses = self.held_out_loss(session.sampler.names, tokens, rotation)
+        with self.phases.host("evaluate"):
+            losses = self.held_out_loss(session.sampler.names, tokens, rotation)
         record = {"kind": kind, "segment": session.segment, "step": session.step, "slice": slice_name}
         record |= {"loss": dict(losses), "tokens": dict(zip(losses.names, losses.tokens, strict=True))}
         self.log(record)
@@ -175,7 +178,7 @@ class Loop:
     def held_out_loss(self, names: tuple[str, ...], tokens: int, rotation: int = 0) -> DomainLoss:
         """Held-out loss per domain, with standard errors."""
         return evaluate(
-            self.decoder,
+            self.step.decoder,
             self.heldout(names),
             tokens_per_domain=tokens,
             rotation=rotation,
@@ -201,11 +204,12 @@ class Loop:
                 f"up to step {session.step} the ranks read by different weights; nothing was saved there. "
                 "Push the same weights on every rank"
             )
-        if self.dist.rank == 0:
-            folder = step_folder(checkpoints, session.step)
-            digest = save_checkpoint(folder, model=self.decoder, optimizer=self.optimizer, state=state)
-            prune(checkpoints, keep_last=self.config.train.keep_last, keep_steps=set(keep))
-        self.dist.barrier()
+        with self.phases.host("save"):
+            if self.dist.rank == 0:
+                folder, step = step_folder(checkpoints, session.step), self.step
+                digest = save_checkpoint(folder, model=step.decoder, optimizer=step.optimizer, state=state)
+                prune(checkpoints, keep_last=self.config.train.keep_last, keep_steps=set(keep))
+            self.dist.barrier()
         return digest
 
     def _must_stop(self, step: int) -> bool:
@@ -218,7 +222,11 @@ class Loop:
         return bool(self.dist.all_reduce_sum(flag).item() > 0)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.dist.device, non_blocking=True)
+        """A copy on the device, the host not waiting for it: the sampler's tokens are pinned, the rest is here."""
+        tensor = torch.from_numpy(array)
+        if self.dist.device.type == "cuda" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self.dist.device, non_blocking=True)
 
     @staticmethod
     def _hold_until_copied(in_flight: deque[tuple[Any, Any]], batch: Any) -> None:
@@ -228,68 +236,3 @@ class Loop:
         in_flight.append((event, batch))
         if len(in_flight) > 2:
             in_flight.popleft()[0].synchronize()
-
-
-class Meter:
-    """Sums of a logging interval on the device, read once per record.
-
-    Raises `NumericalError` from `record` after `SKIPS_IN_A_ROW` steps in a row without a finite gradient.
-    """
-
-    def __init__(self, session: Session, dist: Dist) -> None:
-        self._session, self._dist = session, dist
-        self._paused = 0.0
-        self._row = torch.zeros((), device=dist.device)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._start, self._paused = time.perf_counter(), 0.0
-        self._wait, self._first = self._session.wait_seconds, self._session.step
-        self._loss = torch.zeros(3, device=self._dist.device)
-        self._norm: Tensor | None = None
-        self._worst = torch.zeros((), device=self._dist.device)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time of this block out of the throughput."""
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-    def add(self, result: StepResult) -> None:
-        """Count a step; no synchronisation."""
-        finite = torch.isfinite(result.grad_norm)
-        one = torch.where(finite, 1.0, 0.0)
-        self._loss += torch.stack([torch.where(finite, result.loss, 0.0), one, 1.0 - one])
-        self._row = torch.where(finite, 0.0, self._row + 1)
-        self._worst = torch.maximum(self._worst, self._row)
-        self._norm = result.grad_norm
-
-    def record(self, rate: float) -> dict[str, Any]:
-        """The interval as a `step` record; synchronises the device and starts the next interval."""
-        session = self._session
-        loss, counted, skipped = self._dist.all_reduce_sum(self._loss.clone()).tolist()
-        if self._worst.item() >= SKIPS_IN_A_ROW:
-            raise NumericalError(
-                f"{SKIPS_IN_A_ROW} steps in a row up to step {session.step} had no finite gradient; their updates "
-                "were skipped. Look at the data there, or start another run folder with a lower path.peak"
-            )
-        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
-        rows, steps = session.sampler.global_rows, session.step - self._first
-        tokens = rows * session.sampler.row_tokens
-        record = {
-            "kind": "step",
-            "segment": session.segment,
-            "step": session.step,  # updates done; `rate` is that of the last one
-            "loss": loss / counted if counted else None,
-            "rate": rate,
-            "grad_norm": None if self._norm is None or skipped else float(self._norm),
-            "tokens": tokens,
-            "tokens_per_second": steps * tokens / seconds,
-            "data_wait_share": (session.wait_seconds - self._wait) / seconds,
-            "seconds": time.perf_counter() - self._start,  # evaluations and saves included
-            "skipped": round(skipped / self._dist.world),
-            "stream": session.stream_hash,
-        }
-        self._reset()
-        return record

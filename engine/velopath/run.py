@@ -26,15 +26,16 @@ from velopath.dist import Dist, init_from_env
 from velopath.environment import describe_environment
 from velopath.errors import ConfigError, DataError, StoppedError, WriteError
 from velopath.evaluate import HeldOut, Tokens
-from velopath.hf import load_hf
 from velopath.loop import Loop, StopRequest
-from velopath.model import Decoder, preset
-from velopath.optim import build_optimizer
+from velopath.machine import make_step, starting_model
+from velopath.model import Decoder
+from velopath.phases import Phases
 from velopath.plan import Plan, make_plan
 from velopath.runfolder import RunFolder
 from velopath.schedule import LrPath
 from velopath.session import Session
 from velopath.stream import Sampler, domain_folders, open_sampler
+from velopath.train_step import TrainStep
 
 MAIN = "main"
 HEARTBEAT_SECONDS = 30.0
@@ -72,6 +73,8 @@ class Run:
         self._stack = ExitStack()
         self._clock = time.perf_counter()
         self._heldout: dict[tuple[str, ...], HeldOut] = {}
+        self._step: TrainStep | None = None
+        self._phases = Phases(dist.device)
 
     # -- opening ---------------------------------------------------------------------------------------------
 
@@ -218,44 +221,37 @@ class Run:
 
     def new_model(self) -> Decoder:
         """The starting model: the Hugging Face folder of the config, or its preset with seeded random weights."""
-        choice, device = self.config.model, self.dist.device
-        vocabulary = self.prepared.get("tokenizer", {}).get("vocab_size")
-        if choice.hf is not None:
-            shape, decoder = load_hf(choice.hf, device=device)
-        else:
-            changes = dict(choice.overrides)
-            if vocabulary is not None:
-                changes.setdefault("vocab_size", vocabulary)
-            shape = preset(choice.preset, **changes)
-            decoder = Decoder(shape, seed=self.config.seed, device=device)
-        if vocabulary is not None and vocabulary > shape.vocab_size:
-            raise ConfigError(
-                f"the data's tokenizer has {vocabulary} entries, the model {choice.hf or choice.preset} only "
-                f"{shape.vocab_size}; prepare the data with the model's own tokenizer, or make the model's larger"
-            )
-        return decoder
-
-    def new_optimizer(self, decoder: Decoder) -> torch.optim.Optimizer:
-        """AdamW as the config says, at rate 0 until the first step."""
-        train = self.config.train
-        return build_optimizer(decoder, weight_decay=train.weight_decay, betas=train.betas)
+        return starting_model(self.config, self.prepared, self.dist.device)
 
     def loop_at(self, *roots: Path) -> tuple[Loop, Checkpoint | None]:
         """A loop at the latest checkpoint of the first root that has one, or at the starting model.
 
         A root may also be one checkpoint's own folder.
         """
-        decoder = self.new_model()
-        optimizer = self.new_optimizer(decoder)
-        loop = Loop(self.config, self.dist, decoder, optimizer, self.held_out, self.log, self.stop)
+        step, is_new = self._train_step()
+        loop = Loop(self.config, self.dist, step, self._phases, self.held_out, self.log, self.stop)
         for root in roots:
             folder = root if (root / "manifest.json").exists() else latest_checkpoint(root)
             if folder is not None:
                 checkpoint = load_checkpoint(folder)
-                checkpoint.restore(decoder, optimizer, rng=True)
+                checkpoint.restore(step.decoder, step.optimizer, rng=True)
                 return loop, checkpoint
+        if not is_new:
+            step.decoder.load_state_dict(self.new_model().state_dict())
+            step.optimizer.state.clear()
         torch.manual_seed(self.config.seed)
         return loop, None
+
+    def _train_step(self) -> tuple[TrainStep, bool]:
+        """The one step of this process, and whether it was made just now: all segments train the same tensors, so
+        that a compiled step is compiled once."""
+        if self._step is not None:
+            return self._step, False
+        n_domains = max(len(domain_folders(entry.root)) for entry in self.config.data.slices.values())
+        self._step = make_step(
+            self.config, self.new_model(), n_domains=n_domains, dist=self.dist, phases=self._phases
+        )
+        return self._step, True
 
     def held_out(self, names: tuple[str, ...]) -> HeldOut:
         """The held-out set of these domains: of the configured folder, else of the first slice that has each."""

@@ -30,7 +30,8 @@ which counts the updates done:
 | `sampler` | `tokens_per_second` of the sampler alone |
 | `resume` | nothing: the segment went on from its checkpoint at `step`; its earlier records beyond are void |
 
-`seconds` is the wall time since the record before, evaluations and saves included.
+`seconds` is the wall time since the record before, evaluations and saves included; `phase_seconds` of it (see
+`velopath.phases`). Also in `step`: `flops_per_second` of the model and, where the device's peak is known, `mfu`.
 `stream` is the hash of all (step, domain, row) ids that the segment's slice has given up to `step`, the same whatever
 the number of ranks, see `velopath.stream_order`; `velopath replay` computes it again from the logs in `audit/`.
 """

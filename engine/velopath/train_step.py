@@ -16,6 +16,7 @@ from velopath.dist import Dist
 from velopath.loss import linear_domain_cross_entropy
 from velopath.model import Decoder
 from velopath.optim import clip_grad_norm, set_rate
+from velopath.phases import Phases
 
 
 class LossModel(nn.Module):
@@ -41,7 +42,10 @@ class LossModel(nn.Module):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves on the device: `loss` () nats per token of this rank, `sums` (2, K), `grad_norm` ()."""
+    """What a step leaves on the device: `loss` () nats per token of this rank, `sums` (2, K), `grad_norm` ().
+
+    Where the gradient norm is not finite, the update was skipped.
+    """
 
     loss: Tensor
     sums: Tensor
@@ -54,6 +58,11 @@ class TrainStep:
     Rows are cut into micro-batches of `micro_rows`; every row holds T tokens, so the mean over micro-batches (and
     over ranks, by DDP) is the mean over tokens. A gradient norm that is not finite skips the update on the device,
     on all ranks alike; the caller sees the norm and decides.
+
+    With `compile` one graph serves as long as this object lives: rates, weights, checkpoints restored into `decoder`
+    and other data change nothing that it was compiled for. `n_domains` is the most that a batch may know. The graph is
+    that of a micro-batch. One of a whole accumulated step would unroll its parts: as many times the compilation, to
+    save no more than a call for each. `phases` times the parts of a step; whoever gives it takes what it counts.
     """
 
     def __init__(
@@ -67,8 +76,10 @@ class TrainStep:
         clip: float = 1.0,
         bf16: bool = False,
         compile: bool = False,
+        phases: Phases | None = None,
     ) -> None:
-        self.optimizer, self.device = optimizer, dist.device
+        self.decoder, self.optimizer, self.device = decoder, optimizer, dist.device
+        self.phases = phases
         self._parameters = [p for p in decoder.parameters() if p.requires_grad]
         self._micro_rows, self._clip, self._bf16 = micro_rows, clip, bf16
         module: nn.Module = LossModel(decoder, n_domains)
@@ -86,13 +97,16 @@ class TrainStep:
         for i, (tokens_BT1, domains_B) in enumerate(parts):
             if self._ddp is not None:
                 self._ddp.require_backward_grad_sync = i == len(parts) - 1
+            self._begin("forward")
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
                 part_loss, part_sums = self._module(tokens_BT1, domains_B)
-            part_loss = part_loss / len(parts)
+                part_loss = part_loss / len(parts)
+            self._begin("backward")
             part_loss.backward()
             part_loss = part_loss.detach()
             loss = part_loss if loss is None else loss + part_loss
             sums = part_sums if sums is None else sums + part_sums
+        self._begin("optimizer")
         assert loss is not None and sums is not None
         grad_norm = clip_grad_norm(self._parameters, self._clip or None)
         set_rate(self.optimizer, rate)
@@ -100,4 +114,9 @@ class TrainStep:
         self.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._begin(None)
         return StepResult(loss, sums, grad_norm)
+
+    def _begin(self, phase: str | None) -> None:
+        if self.phases is not None:
+            self.phases.begin(phase)
