@@ -21,6 +21,8 @@ CPU_SUITES: dict[str, Callable[[Mapping[str, Any]], list[bars.Bar]]] = {
     "sampler": bars.sampler_bars,
     "loss": bars.loss_bars,
     "step": bars.step_bars,
+    "wait": bars.wait_bars,
+    "soak": bars.soak_bars,
 }
 NAMES = (*CPU_SUITES, "gpu", "all")
 

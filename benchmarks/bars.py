@@ -68,6 +68,22 @@ def sampler_bars(result: Result) -> list[Bar]:
     ]
 
 
+def wait_bars(result: Result) -> list[Bar]:
+    """What the sampler takes of a step of 50 ms; where the step wants the reader's core too, in the median."""
+    device, host = (result["kinds"][kind]["sampler"] for kind in ("device", "host"))
+    median = host["wait_us"][0] / 1e3 / host["step_ms"]
+    return [
+        Bar("all waits / all steps, device step", "<=", 0.005, device["wait_share"]),
+        Bar("median wait / median step, host step", "<=", 0.005, median),
+    ]
+
+
+def soak_bars(result: Result) -> list[Bar]:
+    """Growth over the soak; memory may move by the size of an arena of the allocator."""
+    limits = {"resident_mib": 4, "file_descriptors": 0, "threads": 0, "objects": 20}
+    return [Bar(f"growth of {name}", "<=", most, result["growth"][name]) for name, most in limits.items()]
+
+
 def loss_bars(result: Result) -> list[Bar]:
     """The CPU's: from logits in place, and from hidden states in chunks."""
     logits, linear = result["logits"]["contenders"], result["linear"]["contenders"]
