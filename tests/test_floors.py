@@ -19,6 +19,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "velocity",
         "baselines",
         "rivals",
+        "filters",
+        "signals",
         "controllers",
         "law",
         "targets",

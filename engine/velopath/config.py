@@ -77,10 +77,26 @@ class ControlConfig(_Tree):
     heldout_tokens: PositiveInt = Field(
         32768, description="held-out tokens per domain and evaluation; 8 rows or more give a standard error"
     )
-    signal: Literal["heldout", "training"] = Field(
-        "heldout",
-        description="losses that drive the controller: held-out sets, or the training batches since last",
+    decay_gain: float | dict[str, float] | None = Field(
+        None,
+        description="nats added to the targets, for all or by domain: what a decay gains where the proxies were "
+        "decayed and the main path is not",
     )
+    signal: Literal["heldout", "training", "anchored"] = Field(
+        "heldout",
+        description="losses that drive the controller: held-out sets, the training batches since last, or the "
+        "movement of the training batches between held-out anchors",
+    )
+    anchor_every: PositiveInt = Field(
+        4, description="of signal anchored: updates from one anchor to the next"
+    )
+    anchor_keep: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5, description="of signal anchored: share of the old value in the mean of training losses"
+    )
+    filter: str | dict[str, Any] | None = Field(
+        None, description="ema, median or trend, or a map of kind and options; null: losses as measured"
+    )
+    shadow: bool = Field(False, description="propose and log weights, push none")
     rotate: bool = Field(False, description="draw another held-out sample at each evaluation")
     in_branch: Literal["hold", "replay", "live"] = Field(
         "hold",

@@ -316,6 +316,7 @@ class Run:
                 record=lambda record: self.log({**record, "slice": piece.slice}),
                 segment=segment,
                 end=piece.first + entry.steps,
+                shadow=self.config.control.shadow,
             )
             if known is not None:
                 session.load_state_dict(known["session"])
