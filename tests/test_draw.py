@@ -157,7 +157,7 @@ def test_rounding_equals_the_reference_in_fractions(pushes):
 @pytest.mark.parametrize("k", [32, 33, 100, 1000])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_many_rows_at_once_equal_one_by_one(k, zeros):
-    # From 32 domains and 16 rows on another way is taken than row by row; errors are carried over between pushes, and with
+    # From 32 domains and 16 rows on another way is taken than row by row; errors are carried over between pushes; with
     # shares of 0 some are left behind, so that at times no domain has reached its share.
     rng, error = np.random.default_rng(k), [0] * k
     for rows in [16, 100, 400, 16, 1000, 77]:
