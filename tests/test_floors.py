@@ -51,6 +51,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     3: (
         "kernels",
         "loss",
+        "recompute",
         "model",
         "hf",
         "optim",

@@ -17,6 +17,7 @@ FREE = (
     "control.shadow",
     "evaluate",
     "train.device",
+    "train.activation_checkpointing",
     "train.compile",
     "train.peak_flops",
     "train.threads",

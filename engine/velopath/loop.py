@@ -28,6 +28,7 @@ from velopath.evaluate import HeldOut, evaluate
 from velopath.meter import Log, Meter
 from velopath.phases import Phases
 from velopath.session import Session
+from velopath.stream import TokenBatch
 from velopath.train_step import TrainStep
 
 
@@ -120,7 +121,9 @@ class Loop:
                     f"the data ended at step {session.step} of {until} (exhaustion {self.config.data.exhaustion!r}); "
                     "prepare more data, plan fewer steps or set data.exhaustion=repeat"
                 ) from None
-            result = step(self._to_device(batch.tokens), self._to_device(batch.domains), rate)
+            result = step(
+                self._to_device(batch.tokens), self._to_device(batch.domains), rate, **self._padded(batch)
+            )
             if self.dist.device.type == "cuda":
                 self._hold_until_copied(in_flight, batch)
             sums = result.sums[:, :n_domains]
@@ -204,6 +207,7 @@ class Loop:
             batch_rows=self.config.evaluate.batch_rows,
             dist=self.dist,
             bf16=self.config.train.precision == "bf16",
+            document_mask=self.config.train.document_mask,
         )
 
     def save(self, session: Session, *, slice_name: str, checkpoints: Path, keep: frozenset[int]) -> str:
@@ -239,6 +243,14 @@ class Loop:
             return False
         flag = torch.tensor([float(self.stop.requested)], device=self.dist.device)
         return bool(self.dist.all_reduce_sum(flag).item() > 0)
+
+    def _padded(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """`targets` where the batch has padding, `documents` and `positions` where it has them."""
+        found = {} if batch.counts is None else {"targets": self._to_device(batch.targets())}
+        for name, array in (("documents", batch.documents), ("positions", batch.positions)):
+            if array is not None:
+                found[name] = self._to_device(array)[:, :-1]
+        return found
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         """A copy on the device, the host not waiting for it: the sampler's tokens are pinned, the rest is here."""

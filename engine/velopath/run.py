@@ -259,12 +259,14 @@ class Run:
             data = self.config.data
             roots = [data.heldout] if data.heldout is not None else [s.root for s in data.slices.values()]
             streams: list[Tokens] = []
+            starts: list[Any] = []
             for name in names:
                 root = next((r for r in roots if (Path(r) / "heldout" / name).is_dir()), roots[0])
                 part = HeldOut.open(root, row_tokens=self.config.train.row_tokens, names=[name])
                 streams += part.streams
+                starts += part.starts or ()
             self._heldout[names] = HeldOut(
-                names, tuple(streams), self.config.train.row_tokens, self.config.seed
+                names, tuple(streams), self.config.train.row_tokens, self.config.seed, tuple(starts)
             )
         return self._heldout[names]
 
@@ -305,6 +307,7 @@ class Run:
             threads=train.threads,
             allocate=_pinned if self.dist.device.type == "cuda" else None,
             domain_key_salt=piece.slice,
+            **self.config.row_options,
         ) as sampler:
             self._note_quarantine(sampler, segment)
             session = Session(
