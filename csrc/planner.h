@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <utility>
 #include <vector>
 
@@ -71,18 +70,12 @@ public:
         rows.clear();
         const bool repeat = exhaustion_ == Exhaustion::repeat;
         std::vector<u64> now = exhaustion_ == Exhaustion::renormalise ? of_live(shares, cursor) : shares;
-        std::optional<RowGiver> giver(std::in_place, now, cursor.error, global_rows_);
         while (rows.size() < global_rows_) {
-            const std::size_t k = giver->next();
+            const std::size_t k = give_row(now, cursor.error);
             if (k == now.size() || (!repeat && cursor.drawn[k] >= epoch_rows(k))) return false;
             rows.push_back({static_cast<std::uint32_t>(k), cursor.drawn[k]++});
-            if (exhaustion_ == Exhaustion::renormalise && cursor.drawn[k] == epoch_rows(k)) {
-                giver->settle();
-                now = of_live(shares, cursor);
-                giver.emplace(now, cursor.error, global_rows_ - rows.size());
-            }
+            if (exhaustion_ == Exhaustion::renormalise && cursor.drawn[k] == epoch_rows(k)) now = of_live(shares, cursor);
         }
-        giver->settle();
         shuffle(rows, make_key(Use::shuffle, seed_, cursor.step));
         ++cursor.step;
         return true;

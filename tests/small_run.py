@@ -86,13 +86,19 @@ def newest(folder: Path) -> dict[str, str]:
     return found
 
 
+def timeless(event: dict[str, Any]) -> dict[str, Any]:
+    """A lineage event without wall time, machine and the log of weights, in which a resume leaves a record."""
+    notes = {k: v for k, v in event.get("notes", {}).items() if k not in ("hardware", "weights_log")}
+    return {k: v for k, v in event.items() if k != "seconds"} | ({"notes": notes} if "notes" in event else {})
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """Everything of a run that a kill and a resume must leave bit for bit as it would have been."""
     exports = {
         str(p.relative_to(folder)): p.read_bytes()
         for p in sorted((folder / "exports").rglob("*.safetensors"))
     }
-    lineage = sorted(json.dumps(e, sort_keys=True) for e in RunFolder(folder).events())
+    lineage = sorted(json.dumps(timeless(e), sort_keys=True) for e in RunFolder(folder).events())
     return {
         "checkpoints": newest(folder),
         "exports": exports,

@@ -76,7 +76,7 @@ def test_defaults_are_the_documented_ones() -> None:
         ("model.overrides", {"hidden_size": "big"}, r"model\.overrides\.hidden_size"),
         ("control.every", 0, r"control\.every: .*greater than 0 \(given: 0\)"),
         ("control.heldout_tokens", -1, r"control\.heldout_tokens: .*greater than 0"),
-        ("control.signal", "both", r"control\.signal: .*'heldout', 'training' or 'anchored'"),
+        ("control.signal", "both", r"control\.signal: .*'heldout' or 'training'"),
         ("control.in_branch", "rewind", r"control\.in_branch: .*'hold', 'replay' or 'live'"),
         ("control.targets", {"x": "low"}, r"control\.targets"),
         ("path.peak", 0, r"path\.peak: .*greater than 0 \(given: 0\)"),
@@ -275,7 +275,8 @@ def test_what_changes_a_result_is_refused_with_a_diff(file: Path, override: str,
     first, *middle, last = str(error.value).splitlines()
     assert first == f"this configuration differs from the one the run was started with ({file}):"
     assert middle == [line]
-    assert last == "use the recorded values, or start another run folder"
+    hint = "; `velopath override` changes a rate on record" if override.startswith("path.") else ""
+    assert last == f"use the recorded values, or start another run folder{hint}"
 
 
 def test_slices_are_only_added_behind(file: Path) -> None:

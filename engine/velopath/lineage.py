@@ -49,7 +49,9 @@ class Version:
     None for the first edge of the main path, at step 0. The edge is `steps` updates of `slice`. `tokens` were
     trained on it, `evaluation_tokens` and `seconds` spent on it. `path` is its learning-rate path,
     `heldout_loss` name -> nats per token at its end, `checkpoint` the digest of what was saved there, `export` the
-    exported folder relative to the run's. `notes` is anything else worth keeping (JSON).
+    exported folder relative to the run's. `scores` are those of a downstream evaluation. `rolled_back` is the number of
+    the rollback that took a main checkpoint off the trunk; it is then called "main@980~1". `notes` is anything else
+    worth keeping (JSON): hardware, hash of the data, head of the log of weights.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Version:
     heldout_loss: Mapping[str, float] = field(default_factory=dict)
     checkpoint: str | None = None
     export: str | None = None
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    rolled_back: int | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -82,7 +86,8 @@ class Version:
         """A JSON value from which `from_json` makes an equal node."""
         value = {f.name: getattr(self, f.name) for f in fields(self)}
         path = self.path.to_json() if self.path is not None else None
-        return {**value, "path": path, "heldout_loss": dict(self.heldout_loss), "notes": dict(self.notes)}
+        maps = {name: dict(value[name]) for name in ("heldout_loss", "scores", "notes")}
+        return {**value, "path": path, **maps}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Version:
@@ -111,8 +116,13 @@ class Lineage:
 
     @property
     def main(self) -> tuple[Version, ...]:
-        """The main checkpoints, by step."""
-        return tuple(n for n in self.nodes if n.kind == "main")
+        """The main checkpoints of the trunk, by step; not those that a rollback took off it."""
+        return tuple(n for n in self.nodes if n.kind == "main" and n.rolled_back is None)
+
+    @property
+    def rolled_back(self) -> tuple[Version, ...]:
+        """The main checkpoints that a rollback took off the trunk."""
+        return tuple(n for n in self.nodes if n.rolled_back is not None)
 
     @property
     def cost(self) -> Cost:
@@ -189,6 +199,35 @@ class Lineage:
         nodes = tuple(replace(n, export=export) if n.name == name else n for n in self.nodes)
         return replace(self, nodes=nodes)
 
+    def with_scores(self, name: str, scores: Mapping[str, Any]) -> Lineage:
+        """The lineage with the downstream scores of node `name` noted, in place of earlier ones."""
+        self.find(name)
+        nodes = tuple(replace(n, scores=dict(scores)) if n.name == name else n for n in self.nodes)
+        return replace(self, nodes=nodes)
+
+    def roll_back(self, number: int, step: int) -> Lineage:
+        """The lineage after rollback `number` to `step`: later main checkpoints leave the trunk under other names.
+
+        Versions that were cut from them stay; their parents are the renamed nodes.
+        """
+        names = {n.name: f"{n.name}~{number}" for n in self.main if n.step > step}
+        return self._renamed(names, number)
+
+    def undo_rollback(self, number: int) -> Lineage:
+        """The lineage before rollback `number`, whose checkpoints stand on the trunk again."""
+        names = {n.name: n.name.removesuffix(f"~{number}") for n in self.nodes if n.rolled_back == number}
+        return self._renamed(names, None)
+
+    def _renamed(self, names: Mapping[str, str], rolled_back: int | None) -> Lineage:
+        nodes = []
+        for node in self.nodes:
+            if node.parent is not None and node.parent in names:
+                node = replace(node, parent=names[node.parent])
+            if node.name in names:
+                node = replace(node, name=names[node.name], rolled_back=rolled_back)
+            nodes.append(node)
+        return replace(self, nodes=tuple(nodes))
+
     def spend(self, what: str, cost: Cost) -> Lineage:
         """The lineage with a cost beside the tree, such as ("proxy", Cost(proxy_steps=350))."""
         return replace(self, spent=(*self.spent, (what, cost)))
@@ -212,21 +251,30 @@ class Lineage:
         """The lineage after one event of the record.
 
         Events: {"event": "main" | "version", ...node}, {"event": "export", "name", "export"},
-        {"event": "spend", "what", "cost": {...}}; others are passed over, so that a run folder may keep more.
+        {"event": "scores", "name", "scores"}, {"event": "rollback" | "undo", "number", "step"},
+        {"event": "spend", "what", "cost": {...}}; others are passed over: a run folder keeps more.
         Raises `ConfigError` as the methods do.
         """
         try:
             match event.get("event"):
                 case "main":
                     node = Version.from_json(event)
+                    if node.rolled_back is not None:
+                        return replace(self, nodes=(*self.nodes, node))
                     facts = {f.name: getattr(node, f.name) for f in fields(node)}
-                    for own in ("name", "parent", "branch_step", "steps", "kind"):
+                    for own in ("name", "parent", "branch_step", "steps", "kind", "rolled_back"):
                         facts.pop(own)
                     return self.with_main(node.step, **facts)
                 case "version":
                     return self.add(Version.from_json(event))
                 case "export":
                     return self.with_export(event["name"], event["export"])
+                case "scores":
+                    return self.with_scores(event["name"], event["scores"])
+                case "rollback":
+                    return self.roll_back(event["number"], event["step"])
+                case "undo":
+                    return self.undo_rollback(event["number"])
                 case "spend":
                     return self.spend(event["what"], Cost(**event["cost"]))
         except (KeyError, TypeError) as error:
@@ -273,6 +321,9 @@ def render(lineage: Lineage) -> str:
             rows.append((f"{trunk}/", "", ""))
         rows.append(("*   ", node.name, _facts(node)))
         trunk = "|"
+    for node in lineage.rolled_back:
+        rows += [("  * ", v.name, _facts(v)) for v in lineage.versions if v.parent == node.name]
+        rows.append(("x   ", node.name, f"{_facts(node)}  rolled back"))
     width = max((len(name) for _, name, _ in rows), default=0)
     lines = [f"{graph}{name:<{width}}  {facts}".rstrip() for graph, name, facts in rows]
     lines += [f"    {what}: {_cost(cost)}" for what, cost in lineage.spent]
@@ -287,6 +338,12 @@ def _facts(node: Version) -> str:
         facts.append(f"{sum(node.heldout_loss.values()) / len(node.heldout_loss):.3f} nats")
     if node.path is not None and node.kind == "version":
         facts.append(f"{node.path.shape} to {node.path.floor:.3g}")
+    if node.seconds:
+        facts.append(f"{node.seconds:,.0f} s")
+    if node.scores:
+        facts.append(
+            ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in node.scores.items())
+        )
     if node.export:
         facts.append(f"-> {node.export}")
     return "  ".join(facts)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from velopath.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
-from velopath.config import RunConfig, load_config
+from velopath.config import RunConfig
 from velopath.config_change import check_unchanged, split_rows
 from velopath.controllers import Controller
 from velopath.dist import Dist, init_from_env
@@ -31,10 +31,13 @@ from velopath.machine import make_step, starting_model
 from velopath.model import Decoder
 from velopath.phases import Phases
 from velopath.plan import Plan, make_plan
+from velopath.runchange import complete
+from velopath.runconfig import recorded_config, slice_folders, slice_table
 from velopath.runfolder import RunFolder
+from velopath.runlineage import kept_steps
 from velopath.schedule import LrPath
 from velopath.session import Session
-from velopath.stream import Sampler, domain_folders, open_sampler
+from velopath.stream import Sampler, open_sampler
 from velopath.train_step import TrainStep
 
 MAIN = "main"
@@ -88,7 +91,7 @@ class Run:
         folder = RunFolder(path, create=True)
         recorded = folder.path / "config.yaml"
         if recorded.exists() and any(r.get("kind") == "step" for r in folder.records()):
-            known = _on_ranks(load_config(recorded), folder, dist, config.train.micro_rows)
+            known = _on_ranks(recorded_config(folder), folder, dist, config.train.micro_rows)
             check_unchanged(known, config, recorded, dist.world)
         return cls(config, folder, dist, command)
 
@@ -96,10 +99,7 @@ class Run:
     def reopen(cls, path: Path, command: str, mode: Mode = "train") -> Run:
         """The run in `path`, with the configuration recorded there."""
         folder = RunFolder(path)
-        recorded = folder.path / "config.yaml"
-        if not recorded.exists():
-            raise DataError("not a run folder: it has no config.yaml", path=path)
-        config = load_config(recorded)
+        config = recorded_config(folder)
         dist = init_from_env(config.train.device)
         return cls(_on_ranks(config, folder, dist), folder, dist, command, mode)
 
@@ -111,6 +111,7 @@ class Run:
             stack.callback(self.dist.close)
             if self.dist.is_main and self.mode != "read":
                 stack.enter_context(self.folder.lock())
+                complete(self.folder)  # what a killed process began to change
             if self.dist.is_main and self.mode == "train":
                 self._write_start()
             stack.enter_context(self.stop.installed())
@@ -119,9 +120,9 @@ class Run:
 
     def _write_start(self) -> None:
         tables = {}
-        for name, entry in self.config.data.slices.items():
-            domain_folders(entry.root)  # refuses a folder without data
-            tables[name] = RunFolder(entry.root).read_json("domains.json")
+        for name in self.config.data.slices:
+            slice_folders(self.config, name)  # refuses a folder without data
+            tables[name] = slice_table(self.config, name)
         self.folder.write_text("config.yaml", self.config.to_yaml())
         self.folder.write_json("plan.json", self.plan.to_json())
         self.folder.write_json("data.json", tables)
@@ -189,12 +190,12 @@ class Run:
 
     def kept_main_steps(self) -> list[int]:
         """The steps at which the main path has a checkpoint, in order."""
-        steps = (folder.name.removeprefix("step-") for folder in self.checkpoints(MAIN).glob("step-*"))
-        return sorted(int(step) for step in steps if step.isdigit())  # a killed save leaves `step-N.replaced`
+        return kept_steps(self.checkpoints(MAIN))
 
     def main_path(self) -> LrPath:
         """The learning-rate path of the main path."""
-        return LrPath.main(self.config.path.peak, self.config.path.warmup_steps)
+        settings = self.config.path
+        return LrPath.main(settings.peak, settings.warmup_steps, settings.changes)
 
     def pieces(self, start: int, end: int) -> list[Piece]:
         """Updates `start` to `end` cut at the borders of the slices."""
@@ -247,7 +248,7 @@ class Run:
         that a compiled step is compiled once."""
         if self._step is not None:
             return self._step, False
-        n_domains = max(len(domain_folders(entry.root)) for entry in self.config.data.slices.values())
+        n_domains = max(len(slice_folders(self.config, name)) for name in self.config.data.slices)
         self._step = make_step(
             self.config, self.new_model(), n_domains=n_domains, dist=self.dist, phases=self._phases
         )
@@ -259,14 +260,12 @@ class Run:
             data = self.config.data
             roots = [data.heldout] if data.heldout is not None else [s.root for s in data.slices.values()]
             streams: list[Tokens] = []
-            starts: list[Any] = []
             for name in names:
                 root = next((r for r in roots if (Path(r) / "heldout" / name).is_dir()), roots[0])
                 part = HeldOut.open(root, row_tokens=self.config.train.row_tokens, names=[name])
                 streams += part.streams
-                starts += part.starts or ()
             self._heldout[names] = HeldOut(
-                names, tuple(streams), self.config.train.row_tokens, self.config.seed, tuple(starts)
+                names, tuple(streams), self.config.train.row_tokens, self.config.seed
             )
         return self._heldout[names]
 
@@ -291,7 +290,7 @@ class Run:
         parent = known["segment"] if known is not None and known["segment"] != segment else None
         self.folder.audit(segment, piece.slice).parent.mkdir(exist_ok=True)
         with open_sampler(
-            entry.root,
+            slice_folders(self.config, piece.slice),
             rows=train.rows,
             row_tokens=train.row_tokens,
             seed=self.config.seed,
@@ -307,7 +306,6 @@ class Run:
             threads=train.threads,
             allocate=_pinned if self.dist.device.type == "cuda" else None,
             domain_key_salt=piece.slice,
-            **self.config.row_options,
         ) as sampler:
             self._note_quarantine(sampler, segment)
             session = Session(
@@ -319,7 +317,6 @@ class Run:
                 record=lambda record: self.log({**record, "slice": piece.slice}),
                 segment=segment,
                 end=piece.first + entry.steps,
-                shadow=self.config.control.shadow,
             )
             if known is not None:
                 session.load_state_dict(known["session"])
@@ -366,8 +363,8 @@ class Run:
     def domain_names(self) -> tuple[str, ...]:
         """All domains of all slices, sorted."""
         names: set[str] = set()
-        for entry in self.config.data.slices.values():
-            names |= set(domain_folders(entry.root))
+        for name in self.config.data.slices:
+            names |= set(slice_folders(self.config, name))
         return tuple(sorted(names))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from velopath.lineage import Cost, Lineage, Version
+from velopath.mds import load_index
 from velopath.runfolder import RunFolder
+from velopath.stream_data import fingerprint
 
 ORIGIN = "velopath.json"
 """Beside an exported model: what made it, at what cost; read when a run continues from that folder."""
@@ -48,6 +51,37 @@ def record_cost(folder: RunFolder, what: str, cost: Cost) -> None:
     """Note a cost beside the tree (base model, proxy), once per `what`."""
     if all(known != what for known, _ in read_lineage(folder).spent):
         folder.append_event({"event": "spend", "what": what, "cost": asdict(cost)})
+
+
+def kept_steps(root: Path) -> list[int]:
+    """The steps of the checkpoints in `root`, a segment's folder, in order."""
+    steps = (folder.name.removeprefix("step-") for folder in root.glob("step-*"))
+    return sorted(int(step) for step in steps if step.isdigit())  # a killed save leaves `step-N.replaced`
+
+
+def edge_seconds(folder: RunFolder, segment: str, start: int, end: int) -> float:
+    """Wall time of a segment's updates from `start` to `end`, evaluations and saves between them included, of all
+    attempts: what a kill made void was spent too."""
+    return sum(
+        float(r.get("seconds") or 0.0)
+        for r in folder.records()
+        if r.get("kind") == "step"
+        and r.get("segment") == segment
+        and "change" not in r
+        and start < r["step"] <= end
+    )
+
+
+def data_hash(folders: Mapping[str, Path]) -> str:
+    """16 hex digits of the shards of a slice: domains, samples, sizes and hashes as their indexes state them."""
+    known = {name: fingerprint(load_index(folder)) for name, folder in sorted(folders.items())}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_head(log: Path) -> dict[str, Any]:
+    """Name, number of records and hash of the last one of a log of weights: all before it follows from the hash."""
+    lines = log.read_bytes().split(b"\n")[:-1]  # without a line that a kill left unfinished
+    return {"file": f"audit/{log.name}", "records": len(lines), "hash": json.loads(lines[-1])["hash"]}
 
 
 def origin_cost(model_folder: str | Path) -> Cost | None:

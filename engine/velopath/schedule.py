@@ -44,12 +44,20 @@ class LrPath:
             raise ConfigError(f"segments start at {starts}; expected rising steps from 0")
 
     @classmethod
-    def main(cls, peak: float, warmup_steps: int = 0) -> LrPath:
+    def main(cls, peak: float, warmup_steps: int = 0, changes: Mapping[int, float] | None = None) -> LrPath:
         """The main path: (s + 1) / W of `peak` while s < W = `warmup_steps`, then `peak` for ever.
 
-        LR path switching: the stage that makes a starting checkpoint needs a large rate, so it never decays.
+        LR path switching: the stage that makes a starting checkpoint needs a large rate, so it never decays. `changes`
+        are later peaks by the step from which on they hold: what somebody overrode while the path ran.
         """
-        return cls("main", (RateSegment(0, None, peak, warmup_steps=warmup_steps),))
+        segments = [RateSegment(0, None, peak, warmup_steps=warmup_steps)]
+        for step, rate in sorted((changes or {}).items()):
+            if step < warmup_steps or step < 1:
+                raise ConfigError(
+                    f"the peak changes at step {step}, within the warm-up of {warmup_steps} steps; change it later"
+                )
+            segments.append(RateSegment(step, None, rate))
+        return cls("main", tuple(segments))
 
     @classmethod
     def ptfs(

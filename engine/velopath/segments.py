@@ -7,11 +7,22 @@ from typing import Any
 from velopath.checkpoint import load_checkpoint, step_folder
 from velopath.control import check_controllers, controller_for
 from velopath.domains import DomainLoss
+from velopath.environment import describe_environment
 from velopath.errors import ConfigError
 from velopath.lineage import Version
 from velopath.loop import Loop
 from velopath.run import MAIN, Piece, Run
-from velopath.runlineage import origin_cost, read_lineage, record_cost, record_main, record_version
+from velopath.runconfig import slice_folders
+from velopath.runlineage import (
+    data_hash,
+    edge_seconds,
+    origin_cost,
+    read_lineage,
+    record_cost,
+    record_main,
+    record_version,
+    weights_head,
+)
 from velopath.schedule import LrPath
 from velopath.session import Session
 
@@ -124,9 +135,15 @@ def cut_version(
         tokens=trained,
         evaluation_tokens=sum(before["tokens"].values()) + sum(after["tokens"].values()),
         path=path,
+        seconds=edge_seconds(run.folder, name, piece.start, piece.end),
         heldout_loss=after["loss"],
         checkpoint=digest,
-        notes={"before": before["loss"], "parent_checkpoint": parent.digest, "config_hash": run.config.hash},
+        notes={
+            "before": before["loss"],
+            "parent_checkpoint": parent.digest,
+            "config_hash": run.config.hash,
+            **edge_facts(run, name, piece.slice),
+        },
     )
     if run.dist.is_main:
         record_main(run.folder, piece.start, piece.slice, checkpoint=parent.digest)
@@ -158,7 +175,26 @@ def _note_main(run: Run, slice_name: str, step: int, digest: str) -> None:
     train = run.config.train
     before = max((n.step for n in read_lineage(run.folder).main if n.step < step), default=0)
     tokens = (step - before) * train.rows * run.dist.world * train.row_tokens
-    record_main(run.folder, step, slice_name, tokens=tokens, checkpoint=digest)
+    record_main(
+        run.folder,
+        step,
+        slice_name,
+        tokens=tokens,
+        seconds=edge_seconds(run.folder, MAIN, before, step),
+        path=run.main_path(),
+        checkpoint=digest,
+        notes=edge_facts(run, MAIN, slice_name),
+    )
+
+
+def edge_facts(run: Run, segment: str, slice_name: str) -> dict[str, Any]:
+    """What made an edge besides its steps: hardware, hash of the slice's data, head of the log of weights."""
+    environment = describe_environment(run.dist.device)
+    return {
+        "hardware": {**environment["hardware"], "ranks": run.dist.world},
+        "data": data_hash(slice_folders(run.config, slice_name)),
+        "weights_log": weights_head(run.folder.audit(segment, slice_name)),
+    }
 
 
 def _note_base(run: Run) -> None:
@@ -225,5 +261,5 @@ def _replay_main(run: Run, session: Session, piece: Piece) -> None:
         )
     pending = {int(w["from_step"]) for w in session.sampler.state_dict()["weights"][1:]}
     for record in controls:
-        if not record.get("shadow") and record["step"] >= session.step and record["step"] not in pending:
+        if record["step"] >= session.step and record["step"] not in pending:
             session.sampler.push(record["weights"], at_step=record["step"], reason="replay of main")

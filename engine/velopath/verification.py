@@ -50,7 +50,7 @@ def verify_run(path: Path) -> Iterator[Finding]:
     for segment in segments(folder):
         yield _look("stream", segment, partial(_stream, folder, segment))
     digests: dict[Path, str] = {}
-    for root in sorted((path / "checkpoints").glob("*/step-*")):
+    for root in sorted([*path.glob("checkpoints/*/step-*"), *path.glob("rolled-back/*/main/step-*")]):
         if not root.name.endswith(".replaced"):
             name = f"{root.parent.name}@{int(root.name.removeprefix('step-'))}"
             yield _look("checkpoint", name, partial(_checkpoint, root, digests))
@@ -120,7 +120,8 @@ def _lineage(folder: RunFolder, digests: dict[Path, str]) -> Iterator[Finding]:
 
 def _node(folder: RunFolder, node: Version, digests: dict[Path, str], path: Path, line: int) -> str:
     segment = MAIN if node.kind == MAIN else node.name
-    root = step_folder(folder.path / "checkpoints" / segment, node.step)
+    parent = folder.path / ("checkpoints" if node.rolled_back is None else f"rolled-back/{node.rolled_back}")
+    root = step_folder(parent / segment, node.step)
     if root not in digests:
         if node.kind == MAIN and not root.exists():
             return "its checkpoint was not kept"

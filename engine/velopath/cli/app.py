@@ -8,16 +8,21 @@ from collections.abc import Callable
 import typer
 
 from velopath.cli.branch import branch
+from velopath.cli.data import app as data
 from velopath.cli.demo import demo
+from velopath.cli.diff import diff
 from velopath.cli.evaluate import evaluate
 from velopath.cli.export import export
+from velopath.cli.gc import gc
 from velopath.cli.inspect import inspect
 from velopath.cli.log import log
+from velopath.cli.override import override
 from velopath.cli.pack import pack
 from velopath.cli.plan import plan
 from velopath.cli.prepare import prepare
 from velopath.cli.replay import replay
 from velopath.cli.report import report
+from velopath.cli.rollback import rollback
 from velopath.cli.targets import targets
 from velopath.cli.train import train
 from velopath.cli.verify import verify
@@ -46,6 +51,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "branch": branch,
     "eval": evaluate,
     "log": log,
+    "diff": diff,
+    "override": override,
+    "rollback": rollback,
+    "gc": gc,
     "verify": verify,
     "replay": replay,
     "report": report,
@@ -54,6 +63,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name, epilog=EPILOG)(command)
+app.add_typer(data, name="data", epilog=EPILOG)
 
 
 @app.callback(invoke_without_command=True)

@@ -9,7 +9,7 @@ import typer
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="run config (YAML)")],
+    config: Annotated[Path, typer.Argument(help="run config (YAML), or a run folder to go on with")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="a.b=c overrides, for example path.peak=3e-4")
     ] = None,
@@ -28,18 +28,30 @@ def train(
 ) -> None:
     """Train the main path: constant rate, weights moved by the controller, a checkpoint kept at each branch point.
 
-    Run it again to resume exactly where it stopped. Under torchrun it uses all ranks.
+    Run it again to resume exactly where it stopped. With the run folder in place of the config it goes on as recorded
+    there, also with slices that `velopath data add` appended. Under torchrun it uses all ranks.
 
     Examples:
       velopath train run.yaml --dry-run
       velopath train run.yaml --run runs/2026q1
       torchrun --nproc-per-node 8 -m velopath train run.yaml -r runs/2026q1
+      velopath train runs/2026q1 --until 5000
     (Write -r there: torchrun takes --run for its own --run-path.)
     """
     from velopath.config import load_config
+    from velopath.errors import ConfigError
+    from velopath.runconfig import recorded_config
+    from velopath.runfolder import RunFolder
 
-    loaded = load_config(config, overrides or [])
-    folder = run if run is not None else Path("runs") / config.stem
+    if config.is_dir():
+        if run is not None or overrides:
+            raise ConfigError(
+                f"{config} is a run folder, which holds its own configuration: leave --run and overrides out"
+            )
+        loaded, folder = recorded_config(RunFolder(config)), config
+    else:
+        loaded = load_config(config, overrides or [])
+        folder = run if run is not None else Path("runs") / config.stem
     if dry_run:
         from velopath.cli.dry_run import show_dry_run
 
@@ -50,7 +62,9 @@ def train(
     from velopath.run import Run
     from velopath.segments import cut_version, train_main
 
-    with Run.open(loaded, folder, command="velopath train") as job, console_log(job):
+    command = "velopath train"
+    opened = Run.reopen(folder, command) if config.is_dir() else Run.open(loaded, folder, command)
+    with opened as job, console_log(job):
         if versions:
             for segment in job.plan.segments:
                 if segment.kind == "main":

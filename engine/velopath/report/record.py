@@ -319,7 +319,8 @@ def _steps_run(records: Iterable[Record], starts: Mapping[str, int]) -> dict[str
         if record.get("kind") == "resume":
             at[name] = step
         elif step > before:
-            ran[name] = ran.get(name, 0) + step - before
+            if "change" not in record:  # else copied here by an undone rollback
+                ran[name] = ran.get(name, 0) + step - before
             at[name] = step
     return ran
 
@@ -383,7 +384,7 @@ def _ledger(run: RunFolder, segments: Mapping[str, Segment], plan: Plan | None, 
         evaluation_tokens=sum(
             sum(r["tokens"].values())
             for r in (*run.records(), *base)
-            if r.get("kind") in ("eval", "version") and r.get("tokens")
+            if r.get("kind") in ("eval", "version") and r.get("tokens") and "change" not in r
         ),
         plan=plan,
     )

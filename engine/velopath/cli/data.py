@@ -1,0 +1,58 @@
+"""`velopath data`: the data slices of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from velopath.errors import ConfigError
+
+app = typer.Typer(help="The data slices of a run.", no_args_is_help=True)
+
+
+@app.callback()
+def data() -> None:
+    """The data slices of a run: what the main path reads next."""
+
+
+@app.command("add")
+def add(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    name: Annotated[str, typer.Argument(help="name of the new slice, for example 2026q3")],
+    root: Annotated[Path, typer.Argument(help="its prepared folder: new domains, or more data of old ones")],
+    steps: Annotated[int, typer.Option(help="updates of the main path on it", min=1)],
+    replay: Annotated[
+        float, typer.Option(help="share of its tokens that come from domains which only earlier slices have")
+    ] = 0.0,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", help="DOMAIN=NATS for the controller; repeat it for every new domain"),
+    ] = None,
+) -> None:
+    """Append a slice of data to a run, on record: the main path reads it after the slices that are there.
+
+    Go on with `velopath train RUN`. The same command again changes nothing.
+
+    Example: velopath data add runs/2026 2026q3 data/2026q3 --steps 10000 --replay 0.2
+    """
+    from velopath.runchange import writing
+    from velopath.runconfig import add_slice
+
+    targets = {}
+    for text in target or []:
+        domain, _, value = text.partition("=")
+        try:
+            targets[domain] = float(value)
+        except ValueError:
+            raise ConfigError(f"--target {text!r}; expected DOMAIN=NATS, such as code=1.2") from None
+    with writing(run) as folder:
+        config = add_slice(folder, name, root, steps=steps, replay=replay, targets=targets)
+    entry = config.data.slices[name]
+    first = sum(s.steps for n, s in config.data.slices.items() if n != name)
+    typer.echo(f"{name}: steps {first:,} to {first + entry.steps:,} of the main path, from {entry.root}")
+    for domain, source in sorted(entry.replay.items()):
+        typer.echo(
+            f"  replays {domain} of {source}: {(entry.weights or {}).get(domain, 0.0):.1%} of the tokens"
+        )
