@@ -301,7 +301,9 @@ py::array_t<i64> permute(const py::array_t<i64, py::array::c_style | py::array::
 std::pair<std::vector<std::size_t>, std::vector<i64>> give_rows(const std::vector<u64>& shares, std::vector<i64> error, u64 rows) {
     if (shares.size() != error.size()) throw ConfigError("shares and errors differ in number");
     std::vector<std::size_t> given;
-    for (u64 i = 0; i < rows; ++i) given.push_back(give_row(shares, error));
+    RowGiver giver(shares, error, rows);
+    for (u64 i = 0; i < rows; ++i) given.push_back(giver.next());
+    giver.settle();
     return {std::move(given), std::move(error)};
 }
 

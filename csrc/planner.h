@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -70,12 +71,18 @@ public:
         rows.clear();
         const bool repeat = exhaustion_ == Exhaustion::repeat;
         std::vector<u64> now = exhaustion_ == Exhaustion::renormalise ? of_live(shares, cursor) : shares;
+        std::optional<RowGiver> giver(std::in_place, now, cursor.error, global_rows_);
         while (rows.size() < global_rows_) {
-            const std::size_t k = give_row(now, cursor.error);
+            const std::size_t k = giver->next();
             if (k == now.size() || (!repeat && cursor.drawn[k] >= epoch_rows(k))) return false;
             rows.push_back({static_cast<std::uint32_t>(k), cursor.drawn[k]++});
-            if (exhaustion_ == Exhaustion::renormalise && cursor.drawn[k] == epoch_rows(k)) now = of_live(shares, cursor);
+            if (exhaustion_ == Exhaustion::renormalise && cursor.drawn[k] == epoch_rows(k)) {
+                giver->settle();
+                now = of_live(shares, cursor);
+                giver.emplace(now, cursor.error, global_rows_ - rows.size());
+            }
         }
+        giver->settle();
         shuffle(rows, make_key(Use::shuffle, seed_, cursor.step));
         ++cursor.step;
         return true;

@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -131,9 +132,9 @@ void Shard::check_table() const {
     const std::uint64_t table_end = 4 + 4 * (n + 1);
     if (table_end > bytes_) throw DataError("the offset table of " + std::to_string(n) + " samples exceeds the file", spec_.path);
     if (offset(0) < table_end) throw DataError("offset 0 is " + std::to_string(offset(0)) + ", inside the offset table", spec_.path);
-    bool monotone = true;
-    for (std::uint64_t i = 0; i < n; ++i) monotone &= offset(i) <= offset(i + 1);
-    for (std::uint64_t i = 0; i < n && !monotone; ++i)
+    std::uint32_t falls = 0;  // a number and no bool, so that the loop is vectorised
+    for (std::uint64_t i = 0; i < n; ++i) falls |= offset(i) > offset(i + 1) ? 1u : 0u;
+    for (std::uint64_t i = 0; i < n && falls != 0; ++i)
         if (offset(i) > offset(i + 1))
             throw DataError("ends at byte " + std::to_string(offset(i + 1)) + ", before it begins at " + std::to_string(offset(i)),
                             spec_.path, static_cast<std::int64_t>(i));
@@ -174,6 +175,28 @@ std::uint64_t Shard::tokens_of_size(std::uint64_t i, std::uint64_t payload) cons
     if (payload < head || (payload - head) % item != 0)
         fail("has " + std::to_string(payload) + " bytes, no whole number of " + std::to_string(item) + "-byte values", i);
     return (payload - head) >> shift_;
+}
+
+std::uint64_t Shard::tokens(std::uint64_t begin, std::uint64_t end) const {
+    if (lean_ && !spec_.encoding.plain && !spec_.encoding.length) {
+        // As tokens(i), in 32 bits and without a branch, so that the loop is vectorised; a wrong sample goes the long way.
+        const auto overhead = static_cast<std::uint32_t>(std::min<std::uint64_t>(overhead_, 0xFFFFFFFF));
+        const std::uint32_t short_shape = static_cast<std::uint32_t>(2 + (std::uint64_t{0xFF} << shift_));
+        const std::uint32_t middle_shape = static_cast<std::uint32_t>(3 + (std::uint64_t{0xFFFF} << shift_));
+        const std::uint32_t mask = (1u << shift_) - 1;
+        std::uint32_t wrong = 0, values_sum = 0;  // below 2^32, as the sizes of all samples together are
+        for (std::uint64_t i = begin; i < end; ++i) {
+            const std::uint32_t size = offset(i + 1) - offset(i), payload = size - overhead;
+            const std::uint32_t head = 2u + (payload > short_shape ? 1u : 0u) + (payload > middle_shape ? 2u : 0u);
+            const std::uint32_t values = payload - head;
+            wrong |= (size < overhead ? 1u : 0u) | (payload < head ? 1u : 0u) | (values & mask);
+            values_sum += values >> shift_;
+        }
+        if (wrong == 0) return values_sum;
+    }
+    std::uint64_t sum = 0;
+    for (std::uint64_t i = begin; i < end; ++i) sum += tokens(i);
+    return sum;
 }
 
 Document Shard::document(std::uint64_t i) const {

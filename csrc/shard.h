@@ -63,6 +63,9 @@ public:
         return sound && !spec_.encoding.length ? values >> shift_ : tokens_of_size(i, payload_of_size(i));
     }
 
+    // The sum of tokens(i) over [begin, end), for counting a corpus: several samples at a time where they are lean.
+    std::uint64_t tokens(std::uint64_t begin, std::uint64_t end) const;
+
     // Sample i, checked against its stored sizes and shape.
     Document document(std::uint64_t i) const;
 

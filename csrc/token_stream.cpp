@@ -19,7 +19,7 @@ TokenStream::TokenStream(std::vector<ShardSpec> specs, std::optional<std::int32_
         for (std::uint64_t begin = 0; begin < shard.samples(); begin += STRIDE) {
             marks_.push_back(tokens_);
             const std::uint64_t end = std::min(begin + STRIDE, shard.samples());
-            for (std::uint64_t i = begin; i < end; ++i) tokens_ += length(shard, i);
+            tokens_ += shard.tokens(begin, end) + (eos_ ? end - begin : 0);
         }
         const std::uint64_t first_document = documents_;
         documents_ += shard.samples();

@@ -76,7 +76,7 @@ def test_defaults_are_the_documented_ones() -> None:
         ("model.overrides", {"hidden_size": "big"}, r"model\.overrides\.hidden_size"),
         ("control.every", 0, r"control\.every: .*greater than 0 \(given: 0\)"),
         ("control.heldout_tokens", -1, r"control\.heldout_tokens: .*greater than 0"),
-        ("control.signal", "both", r"control\.signal: .*'heldout' or 'training'"),
+        ("control.signal", "both", r"control\.signal: .*'heldout', 'training' or 'anchored'"),
         ("control.in_branch", "rewind", r"control\.in_branch: .*'hold', 'replay' or 'live'"),
         ("control.targets", {"x": "low"}, r"control\.targets"),
         ("path.peak", 0, r"path\.peak: .*greater than 0 \(given: 0\)"),

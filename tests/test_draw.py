@@ -154,5 +154,27 @@ def test_rounding_equals_the_reference_in_fractions(pushes):
         assert [Fraction(e, SHARE_ONE) for e in error] == exact
 
 
+@pytest.mark.parametrize("k", [32, 33, 100, 1000])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_many_rows_at_once_equal_one_by_one(k, zeros):
+    # From 32 domains and 16 rows on another way is taken than row by row; errors are carried over between pushes; with
+    # shares of 0 some are left behind, so that at times no domain has reached its share.
+    rng, error = np.random.default_rng(k), [0] * k
+    for rows in [16, 100, 400, 16, 1000, 77]:
+        weights = rng.dirichlet(np.full(k, 10 ** rng.uniform(-1.5, 1))) + 1e-12
+        if zeros:
+            weights[rng.random(k) < rng.random()] = 0
+            weights[rng.integers(k)] = 1e-3
+        elif rows == 1000:
+            weights[:] = 1  # every deadline is shared
+        shares, one_by_one = integer_shares(weights.tolist()), []
+        after = error
+        for _ in range(rows):
+            given_to, after = _core.give_rows(shares, after, 1)
+            one_by_one += given_to
+        assert _core.give_rows(shares, error, rows) == (one_by_one, after)
+        error = after
+
+
 def test_one_domain_gets_every_row():
     assert _core.give_rows([SHARE_ONE], [0], 5) == ([0] * 5, [0])

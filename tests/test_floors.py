@@ -19,6 +19,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "velocity",
         "baselines",
         "rivals",
+        "filters",
+        "signals",
         "controllers",
         "law",
         "targets",
@@ -54,6 +56,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     3: (
         "kernels",
         "loss",
+        "recompute",
         "model",
         "hf",
         "optim",

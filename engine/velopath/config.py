@@ -50,6 +50,13 @@ class DataConfig(_Tree):
         "fail",
         description="a damaged shard: an error, or left out on record (reads all data once at each start)",
     )
+    packing: Literal["concat", "best_fit"] = Field(
+        "concat", description="rows are parts of the joined documents, or hold whole ones and padding"
+    )
+    order: Literal["full", "windowed"] = Field(
+        "full", description="rows shuffled over the whole domain, or within windows of shards"
+    )
+    window: PositiveInt = Field(8, description="shards read at a time where the order is windowed")
     cache: str | None = Field(None, description="folder for inflated shards; null: ~/.cache/velopath")
 
     @model_validator(mode="after")
@@ -94,10 +101,26 @@ class ControlConfig(_Tree):
     heldout_tokens: PositiveInt = Field(
         32768, description="held-out tokens per domain and evaluation; 8 rows or more give a standard error"
     )
-    signal: Literal["heldout", "training"] = Field(
-        "heldout",
-        description="losses that drive the controller: held-out sets, or the training batches since last",
+    decay_gain: float | dict[str, float] | None = Field(
+        None,
+        description="nats added to the targets, for all or by domain: what a decay gains where the proxies were "
+        "decayed and the main path is not",
     )
+    signal: Literal["heldout", "training", "anchored"] = Field(
+        "heldout",
+        description="losses that drive the controller: held-out sets, the training batches since last, or the "
+        "movement of the training batches between held-out anchors",
+    )
+    anchor_every: PositiveInt = Field(
+        4, description="of signal anchored: updates from one anchor to the next"
+    )
+    anchor_keep: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5, description="of signal anchored: share of the old value in the mean of training losses"
+    )
+    filter: str | dict[str, Any] | None = Field(
+        None, description="ema, median or trend, or a map of kind and options; null: losses as measured"
+    )
+    shadow: bool = Field(False, description="propose and log weights, push none")
     rotate: bool = Field(False, description="draw another held-out sample at each evaluation")
     in_branch: Literal["hold", "replay", "live"] = Field(
         "hold",
@@ -125,6 +148,13 @@ class TrainConfig(_Tree):
     rows: PositiveInt = Field(8, description="rows per rank and step")
     row_tokens: PositiveInt = Field(2048, description="T: tokens per row")
     micro_rows: PositiveInt | None = Field(None, description="rows per forward pass; null: all at once")
+    document_mask: bool = Field(
+        False, description="attention stays inside documents, whose positions count from 0"
+    )
+    activation_checkpointing: Literal["none", "full", "selective"] = Field(
+        "none",
+        description="layers computed again in the backward pass: whole, or all but attention and half the products",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0: no clipping")
@@ -185,12 +215,25 @@ class RunConfig(_Tree):
     proxy: ProxyConfig = ProxyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @model_validator(mode="after")
+    def _order_fits_packing(self) -> RunConfig:
+        if self.data.packing == "best_fit" and self.data.order == "windowed":
+            raise ValueError("data.packing best_fit fills rows from all shards: data.order must be full")
+        return self
+
     @field_validator("seed")
     @classmethod
     def _seed_fits(cls, seed: int) -> int:
         if not 0 <= seed < 1 << 63:
             raise ValueError(f"seed {seed} is outside 0 ... 2^63 - 1")
         return seed
+
+    @property
+    def row_options(self) -> dict[str, Any]:
+        """How rows are made, as keywords of `open_sampler`."""
+        data, train = self.data, self.train
+        made = {"packing": data.packing, "order": data.order, "window": data.window}
+        return made | {"boundaries": train.document_mask}
 
     @property
     def hash(self) -> str:

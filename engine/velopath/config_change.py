@@ -14,8 +14,10 @@ FREE = (
     "title",
     "data.cache",
     "data.on_bad_shard",
+    "control.shadow",
     "evaluate",
     "train.device",
+    "train.activation_checkpointing",
     "train.compile",
     "train.peak_flops",
     "train.threads",
@@ -23,8 +25,9 @@ FREE = (
     "train.checkpoint_every",
     "train.keep_last",
 )
-"""Settings that change no result (which shards were left out is part of a state); everything else may only be added to
-(a new slice), never altered. The rows per rank follow the number of ranks, see `split_rows`."""
+"""Settings that change no result (which shards were left out is part of a state), and `control.shadow`, so that a
+controller that was watched may be let loose on the same run; the log of weights says from where. Everything else may
+only be added to (a new slice), never altered. The rows per rank follow the number of ranks, see `split_rows`."""
 
 
 def check_unchanged(recorded: RunConfig, given: RunConfig, where: Path, world: int = 1) -> None:

@@ -25,9 +25,7 @@ from velopath.loss import linear_domain_cross_entropy
 from velopath.mds import read_documents
 from velopath.model import bare
 from velopath.tensor_files import read_json
-
-IGNORED = -100
-"""Target of a position that does not count: the padding of a domain's last chunk."""
+from velopath.train_step import IGNORED
 
 Tokens = NDArray[np.uint16] | NDArray[np.int32]
 
@@ -46,11 +44,17 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """R rows of held-out text: `inputs` (R, T) int32, `targets` (R, T) int64 (-100: not counted), `domains` (R,)."""
+    """R rows of held-out text: `inputs` (R, T) int32, `targets` (R, T) int64 (-100: not counted), `domains` (R,).
+
+    `documents` (R, T) number the documents of a stream, -1 behind its end; `positions` (R, T) count from 0 in the part
+    of a document that a row holds.
+    """
 
     inputs: NDArray[np.int32]
     targets: NDArray[np.int64]
     domains: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    positions: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,8 @@ class HeldOut:
     streams: tuple[Tokens, ...]
     row_tokens: int
     seed: int = 0
+    starts: tuple[NDArray[np.int64], ...] | None = None
+    """Where each stream's documents begin, for attention inside documents; None: each stream is one document."""
 
     def __post_init__(self) -> None:
         if self.row_tokens < 1:
@@ -103,7 +109,8 @@ class HeldOut:
             )
         chosen = tuple(names) if names is not None else tuple(found)
         eos = _end_of_text(root / "domains.json")
-        return cls(chosen, tuple(_stream(folder / name, eos) for name in chosen), row_tokens, seed)
+        streams, starts = zip(*(_stream(folder / name, eos) for name in chosen), strict=True)
+        return cls(chosen, streams, row_tokens, seed, starts)
 
     def chunks(self, name: str) -> int:
         """C: the chunks of a domain, ceil((tokens - 1) / T)."""
@@ -117,7 +124,7 @@ class HeldOut:
         """
         if tokens_per_domain is not None and tokens_per_domain < 1:
             raise ConfigError(f"tokens_per_domain is {tokens_per_domain}; expected 1 or more")
-        inputs, targets, domains = [], [], []
+        inputs, targets, domains, documents, positions = [], [], [], [], []
         span = np.arange(self.row_tokens + 1)
         for k, (name, stream) in enumerate(zip(self.names, self.streams, strict=True)):
             count = total = self.chunks(name)
@@ -129,7 +136,11 @@ class HeldOut:
             inputs.append(rows[:, :-1].astype(np.int32))
             targets.append(np.where(inside, rows, IGNORED)[:, 1:])
             domains.append(np.full(count, k, dtype=np.int64))
-        return Sample(np.concatenate(inputs), np.concatenate(targets), np.concatenate(domains))
+            starts = self.starts[k] if self.starts is not None else np.zeros(1, np.int64)
+            of_token = np.searchsorted(starts, at[:, :-1], side="right") - 1
+            documents.append(np.where(inside[:, :-1], of_token, -1))
+            positions.append(at[:, :-1] - np.maximum(starts[of_token], at[:, :1]))
+        return Sample(*(np.concatenate(x) for x in (inputs, targets, domains, documents, positions)))
 
     @property
     def largest_token(self) -> int:
@@ -146,6 +157,7 @@ def evaluate(
     batch_rows: int = 16,
     dist: Ranks | None = None,
     bf16: bool = False,
+    document_mask: bool = False,
 ) -> DomainLoss:
     """Mean loss of `model` on a sample of each domain's hold-out, in nats per token, with standard errors.
 
@@ -154,8 +166,10 @@ def evaluate(
     not tokens, are the independent draws. 0 where R is 1.
 
     `model` maps tokens (B, T) to hidden states (B, T, D) and has `unembed_weight` (V, D), as `Decoder` does,
-    compiled or wrapped by DDP too. The batches are shared out over the ranks of `dist`; the result is the same
-    bits on all ranks and for any number of them. Batches all have one shape, so a compiled model compiles once.
+    compiled or wrapped by DDP too; with `document_mask`, which keeps attention inside documents, it takes `positions`
+    and `documents`. Rows are chunks of the joined documents however training packs, so that losses compare. The
+    batches are shared out over the ranks of `dist`; the result is the same bits on all ranks and for any number of
+    them. Batches all have one shape, so a compiled model compiles once.
     """
     if batch_rows < 1:
         raise ConfigError(f"batch_rows is {batch_rows}; expected 1 or more")
@@ -176,7 +190,14 @@ def evaluate(
             first = batch * batch_rows
             inputs = _padded(sample.inputs[first : first + batch_rows], batch_rows, 0).to(device)
             targets = _padded(sample.targets[first : first + batch_rows], batch_rows, IGNORED).to(device)
-            hidden = model(inputs)
+            within = {}
+            if document_mask:
+                for key, value, padding in (
+                    ("documents", sample.documents, -1),
+                    ("positions", sample.positions, 0),
+                ):
+                    within[key] = _padded(value[first : first + batch_rows], batch_rows, padding).to(device)
+            hidden = model(inputs, **within)
             # Rows take the place of domains: their sums are what the standard error needs, and add up exactly.
             _, part = linear_domain_cross_entropy(
                 hidden.flatten(0, 1), weight, targets.flatten(), slots, n_domains=batch_rows
@@ -207,9 +228,13 @@ def _order(count: int, seed: int, name: str, rotation: int) -> NDArray[np.int64]
     return np.argsort(raw, kind="stable")
 
 
-def _stream(folder: Path, eos: int | None) -> Tokens:
+def _stream(folder: Path, eos: int | None) -> tuple[Tokens, NDArray[np.int64]]:
+    """The joined documents, and where each begins; an end-of-text token belongs to the document that it ends."""
+    starts, length = [], 0
     parts: list[NDArray[np.integer[Any]]] = []
     for document in read_documents(folder):
+        starts.append(length)
+        length += len(document) + (eos is not None)
         parts.append(document)
         if eos is not None:
             fits = eos <= np.iinfo(document.dtype).max
@@ -218,7 +243,8 @@ def _stream(folder: Path, eos: int | None) -> Tokens:
     low, high = (int(stream.min()), int(stream.max())) if len(stream) else (0, 0)
     if low < 0 or high >= 1 << 31:
         raise DataError(f"token ids from {low} to {high}; expected 0 to 2^31 - 1", path=folder)
-    return stream.astype(np.uint16) if high < 1 << 16 else stream.astype(np.int32)
+    narrow: Tokens = stream.astype(np.uint16) if high < 1 << 16 else stream.astype(np.int32)
+    return narrow, np.array(starts, np.int64)
 
 
 def _end_of_text(path: Path) -> int | None:

@@ -28,6 +28,7 @@ from velopath.evaluate import HeldOut, evaluate
 from velopath.meter import Log, Meter
 from velopath.phases import Phases
 from velopath.session import Session
+from velopath.stream import TokenBatch
 from velopath.train_step import TrainStep
 
 
@@ -71,6 +72,8 @@ class Loop:
     heldout: Callable[[tuple[str, ...]], HeldOut]
     log: Log
     stop: StopRequest = field(default_factory=StopRequest)
+    _evaluated: int | None = field(default=None, init=False)
+    """The step of the last held-out evaluation."""
 
     def run(
         self,
@@ -118,7 +121,9 @@ class Loop:
                     f"the data ended at step {session.step} of {until} (exhaustion {self.config.data.exhaustion!r}); "
                     "prepare more data, plan fewer steps or set data.exhaustion=repeat"
                 ) from None
-            result = step(self._to_device(batch.tokens), self._to_device(batch.domains), rate)
+            result = step(
+                self._to_device(batch.tokens), self._to_device(batch.domains), rate, **self._padded(batch)
+            )
             if self.dist.device.type == "cuda":
                 self._hold_until_copied(in_flight, batch)
             sums = result.sums[:, :n_domains]
@@ -146,21 +151,36 @@ class Loop:
 
     def control(self, session: Session, slice_name: str, watch: bool = False) -> None:
         """Evaluate and let the controller move the weights, where it is due."""
-        tokens = self.config.control.heldout_tokens
         if not session.control_due:
             if watch and session.controller is None and session.step % session.every == 0:
-                self.evaluate(tokens, session=session, slice_name=slice_name)
-        elif self.config.control.signal == "heldout" or not session.started:
-            losses = self.evaluate(tokens, session=session, slice_name=slice_name)
+                self.evaluate(self.config.control.heldout_tokens, session=session, slice_name=slice_name)
+        else:
+            losses = self._signal(session, slice_name)
             with self.phases.host("control"):
                 session.on_eval(losses)
-        else:
-            with self.phases.host("control"):
-                session.on_eval(session.training_loss())
+
+    def _signal(self, session: Session, slice_name: str) -> DomainLoss:
+        """The losses of a control that is due."""
+        control = self.config.control
+        heldout = None
+        if not session.started or control.signal == "heldout" or self._anchor_due(session):
+            heldout = self.evaluate(control.heldout_tokens, session=session, slice_name=slice_name)
+            if control.signal != "anchored":
+                return heldout
+        with self.phases.host("control"):
+            training = session.training_loss()
+        if control.signal == "training":
+            return training
+        session.signal, losses = session.signal.next(training, heldout, control.anchor_keep)
+        return losses
+
+    def _anchor_due(self, session: Session) -> bool:
+        control = self.config.control
+        return control.signal == "anchored" and session.signal.due(control.anchor_every)
 
     def _log_end(self, session: Session, slice_name: str, evaluate: bool) -> None:
         """What the stretch has read in all, and on request its held-out loss."""
-        if evaluate and not session.observed:
+        if evaluate and self._evaluated != session.step:
             self.evaluate(self.config.control.heldout_tokens, session=session, slice_name=slice_name)
         record = {"kind": "exposure", "segment": session.segment, "step": session.step, "slice": slice_name}
         self.log(record | {"domains": session.sampler.exposure()})
@@ -170,6 +190,8 @@ class Loop:
         rotation = session.step if self.config.control.rotate and kind == "eval" else 0
         with self.phases.host("evaluate"):
             losses = self.held_out_loss(session.sampler.names, tokens, rotation)
+        if kind == "eval":
+            self._evaluated = session.step
         record = {"kind": kind, "segment": session.segment, "step": session.step, "slice": slice_name}
         record |= {"loss": dict(losses), "tokens": dict(zip(losses.names, losses.tokens, strict=True))}
         self.log(record)
@@ -185,6 +207,7 @@ class Loop:
             batch_rows=self.config.evaluate.batch_rows,
             dist=self.dist,
             bf16=self.config.train.precision == "bf16",
+            document_mask=self.config.train.document_mask,
         )
 
     def save(self, session: Session, *, slice_name: str, checkpoints: Path, keep: frozenset[int]) -> str:
@@ -220,6 +243,14 @@ class Loop:
             return False
         flag = torch.tensor([float(self.stop.requested)], device=self.dist.device)
         return bool(self.dist.all_reduce_sum(flag).item() > 0)
+
+    def _padded(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """`targets` where the batch has padding, `documents` and `positions` where it has them."""
+        found = {} if batch.counts is None else {"targets": self._to_device(batch.targets())}
+        for name, array in (("documents", batch.documents), ("positions", batch.positions)):
+            if array is not None:
+                found[name] = self._to_device(array)[:, :-1]
+        return found
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         """A copy on the device, the host not waiting for it: the sampler's tokens are pinned, the rest is here."""

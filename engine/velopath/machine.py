@@ -44,6 +44,7 @@ def make_step(
 ) -> TrainStep:
     """The step of the config on `decoder`, with AdamW at rate 0 until the first."""
     train = config.train
+    decoder.recompute = train.activation_checkpointing
     return TrainStep(
         decoder,
         build_optimizer(decoder, weight_decay=train.weight_decay, betas=train.betas),

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from velopath.errors import ConfigError
+from velopath.recompute import Recompute, run_layer
 
 INIT_STD = 0.02
 
@@ -147,6 +148,13 @@ def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     return x_BHTE * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE
 
 
+def document_mask(documents_BT: Tensor) -> Tensor:
+    """(B, 1, T, T), True where query t may see key s: s <= t, and both of one document."""
+    length = documents_BT.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents_BT.device).tril()
+    return (causal & (documents_BT[:, :, None] == documents_BT[:, None, :])).unsqueeze(1)
+
+
 class Attention(nn.Module):
     """Causal self-attention with H query heads in G groups that share a key/value head each."""
 
@@ -162,7 +170,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_size, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         rows, length, _ = x_BTD.shape
         query = self.q_proj(x_BTD).view(rows, length, self.heads, self.head_size).transpose(1, 2)
         key = self.k_proj(x_BTD).view(rows, length, self.kv_heads, self.head_size).transpose(1, 2)
@@ -171,7 +179,7 @@ class Attention(nn.Module):
         query = rotate(query, cos, sin).to(value.dtype)
         key = rotate(key, cos, sin).to(value.dtype)
         mixed = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=self.heads != self.kv_heads
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
         return out
@@ -201,8 +209,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin)
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask)
         out: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
         return out
 
@@ -234,6 +242,8 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.recompute: Recompute = "none"
+        """What of each layer's activations a backward pass computes again; see `velopath.recompute`."""
         device = torch.device(device) if device is not None else torch.get_default_device()
         # Built on meta first: nn.Linear's own init would cost time and move torch's global generator.
         with torch.device("meta"):
@@ -275,8 +285,14 @@ class Decoder(nn.Module):
         self.reset_rope(self.model.embed_tokens.weight.device)
         return self
 
-    def forward(self, tokens_BT: Tensor, positions: Tensor | None = None) -> Tensor:
-        """hidden_BTD after the final norm. `positions`, (T,) or (B, T), default to 0 ... T-1."""
+    def forward(
+        self, tokens_BT: Tensor, positions: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        """hidden_BTD after the final norm. `positions`, (T,) or (B, T), default to 0 ... T-1.
+
+        With `documents` (B, T), any numbers, a position attends to those before it of its own document only. The
+        mask is dense, (B, 1, T, T) booleans made once for all layers: torch's attention then leaves its flash kernel.
+        """
         length = tokens_BT.shape[1]
         if positions is None:
             if length > self.config.max_position_embeddings:
@@ -290,8 +306,9 @@ class Decoder(nn.Module):
             if positions.ndim == 2:
                 cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         x_BTD = self.model.embed_tokens(tokens_BT)
+        mask = None if documents is None else document_mask(documents)
         for layer in self.model.layers:
-            x_BTD = layer(x_BTD, cos, sin)
+            x_BTD = run_layer(layer, self.recompute if self.training else "none", x_BTD, cos, sin, mask)
         hidden_BTD: Tensor = self.model.norm(x_BTD)
         return hidden_BTD
 

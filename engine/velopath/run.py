@@ -260,12 +260,14 @@ class Run:
             data = self.config.data
             roots = [data.heldout] if data.heldout is not None else [s.root for s in data.slices.values()]
             streams: list[Tokens] = []
+            starts: list[Any] = []
             for name in names:
                 root = next((r for r in roots if (Path(r) / "heldout" / name).is_dir()), roots[0])
                 part = HeldOut.open(root, row_tokens=self.config.train.row_tokens, names=[name])
                 streams += part.streams
+                starts += part.starts or ()
             self._heldout[names] = HeldOut(
-                names, tuple(streams), self.config.train.row_tokens, self.config.seed
+                names, tuple(streams), self.config.train.row_tokens, self.config.seed, tuple(starts)
             )
         return self._heldout[names]
 
@@ -306,6 +308,7 @@ class Run:
             threads=train.threads,
             allocate=_pinned if self.dist.device.type == "cuda" else None,
             domain_key_salt=piece.slice,
+            **self.config.row_options,
         ) as sampler:
             self._note_quarantine(sampler, segment)
             session = Session(
@@ -317,6 +320,7 @@ class Run:
                 record=lambda record: self.log({**record, "slice": piece.slice}),
                 segment=segment,
                 end=piece.first + entry.steps,
+                shadow=self.config.control.shadow,
             )
             if known is not None:
                 session.load_state_dict(known["session"])

@@ -25,7 +25,7 @@ which counts the updates done:
 | `step` | `loss`, `rate`, `tokens` a step, `tokens_per_second`, `grad_norm`, `stream`, `data_wait_share`, `seconds` |
 | `eval` | `loss` {domain: nats}, `tokens` {domain: held-out tokens}, `slice` |
 | `version` | as `eval`, on the larger sample that a version is judged by: at its branch point and its end |
-| `control` | `weights`, `velocity` or null, `initial`, `target`, `flagged`, `clipped`, `reason`, `slice` |
+| `control` | `weights`, `velocity` or null, `initial`, `target`, `flagged`, `clipped`, `reason`, `slice`, more below |
 | `exposure` | `domains` {domain: {`rows`, `tokens`, `epochs`, `unique_tokens`}} of the `slice` so far, global |
 | `sampler` | `tokens_per_second` of the sampler alone |
 | `resume` | nothing: the segment went on from its checkpoint at `step`; its earlier records beyond are void |
@@ -34,6 +34,11 @@ A rollback is a `resume` record too; undoing it appends the voided records again
 
 `seconds` is the wall time since the record before, evaluations and saves included; `phase_seconds` of it (see
 `velopath.phases`). Also in `step`: `flops_per_second` of the model and, where the device's peak is known, `mfu`.
+
+A `control` record has the `losses` that the controller saw, their `stderr` and the `progress` it was told, enough to
+make the update again; behind a filter `filtered`; in shadow mode `shadow` (true) and `proposed`, while `weights` are
+those in force.
+
 `stream` is the hash of all (step, domain, row) ids that the segment's slice has given up to `step`, the same whatever
 the number of ranks, see `velopath.stream_order`; `velopath replay` computes it again from the logs in `audit/`.
 """

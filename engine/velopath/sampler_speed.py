@@ -17,8 +17,9 @@ def log_sampler_speed(run: Run) -> float:
     """
     data = run.config.data
     entry = next(iter(data.slices.values()))
+    options = run.config.row_options
     with open_sampler(
-        entry.root, rows=8, row_tokens=run.config.train.row_tokens, cache=data.cache
+        entry.root, rows=8, row_tokens=run.config.train.row_tokens, cache=data.cache, **options
     ) as sampler:
         for _ in range(64):
             next(sampler)

@@ -261,5 +261,5 @@ def _replay_main(run: Run, session: Session, piece: Piece) -> None:
         )
     pending = {int(w["from_step"]) for w in session.sampler.state_dict()["weights"][1:]}
     for record in controls:
-        if record["step"] >= session.step and record["step"] not in pending:
+        if not record.get("shadow") and record["step"] >= session.step and record["step"] not in pending:
             session.sampler.push(record["weights"], at_step=record["step"], reason="replay of main")

@@ -33,6 +33,7 @@ from velopath.controllers import Controller
 from velopath.domains import DomainLoss, MixtureWeights, Progress
 from velopath.errors import ConfigError, VelopathError
 from velopath.schedule import LrPath
+from velopath.signals import Anchored
 from velopath.stream import Sampler, TokenBatch
 from velopath.stream_order import next_hash
 
@@ -51,7 +52,8 @@ class Session:
     `path` gives the rate of each step. `controller` (None: the weights stay) is asked every `every` steps, counted
     from the sampler's first step. `reduce` adds a (2, K) array over ranks (default: one rank). `record` receives
     one dict per control, for a log; give it on rank 0 only. `segment` names the stretch in those records; `end` is the
-    step at which it is planned to end, for controllers that plan ahead.
+    step at which it is planned to end, for controllers that plan ahead. With `shadow` the controller observes, proposes
+    and is logged, and nothing is pushed.
     """
 
     def __init__(
@@ -65,11 +67,14 @@ class Session:
         record: Record | None = None,
         segment: str = "main",
         end: int | None = None,
+        shadow: bool = False,
     ) -> None:
         if every < 1:
             raise ConfigError(f"every is {every}; the controller needs 1 step or more between updates")
         self.sampler, self.path, self.controller, self.segment = sampler, path, controller, segment
-        self.every, self.end = every, end
+        self.every, self.end, self.shadow = every, end, shadow
+        self.signal = Anchored()
+        """The state of the anchored signal, for a loop that uses it; saved with the session."""
         self.step = sampler.step
         """Steps finished, which is the number of the next step."""
         self.wait_seconds = 0.0
@@ -203,14 +208,16 @@ class Session:
             self._state = controllers.start(self.controller, losses, self.weights, self.progress)
             if dict(self._state.weights) != dict(self.weights):  # floor and cap act on the first weights too
                 self._push(self._state.weights)
-            self._log("start")
+            self._log("start", losses)
             return self.weights
         self._state, proposed = controllers.observe(self.controller, self._state, losses, self.progress)
         self._push(proposed)
-        self._log("update")
+        self._log("update", losses)
         return self.weights
 
     def _push(self, weights: Mapping[str, float]) -> None:
+        if self.shadow:
+            return
         reason = type(self.controller).__name__
         self.sampler.push(dict(weights), reason=reason, digest=self._digest())
 
@@ -218,9 +225,15 @@ class Session:
         text = json.dumps(self._state.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _log(self, reason: str) -> None:
+    def _log(self, reason: str, losses: Mapping[str, float]) -> None:
         record = {"kind": "control", "segment": self.segment, "step": self.step, "reason": reason}
-        self._record(record | self._state.record() | {"weights": dict(self.weights), "id": self.weights.id})
+        record |= self._state.record()
+        if self.shadow:
+            record |= {"shadow": True, "proposed": dict(self._state.weights)}
+        seen: dict[str, Any] = {"losses": dict(losses), "progress": self.progress.to_json()}
+        if isinstance(losses, DomainLoss) and losses.stderr is not None:
+            seen["stderr"] = dict(zip(losses.names, losses.stderr, strict=True))
+        self._record(record | seen | {"weights": dict(self.weights), "id": self.weights.id})
 
     def state_dict(self) -> dict[str, Any]:
         """JSON state after the last step reported by `on_step`; a batch in flight is not part of it.
@@ -239,6 +252,7 @@ class Session:
             "sampler": self.sampler.state_dict(after=None if self._batch is None else self.step - 1),
             "controller": None if self._state is None else self._state.to_json(),
             "sums": sums,
+            "signal": self.signal.to_json(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -253,6 +267,7 @@ class Session:
         self.step, self._first, self._batch = int(state["step"]), int(state["first"]), None
         self._sums, self._carried, self.stream_hash = None, state["sums"], str(state["stream"])
         self._observed = state["observed"]
+        self.signal = Anchored.from_json(state.get("signal", {}))  # a state from before there was one
         if self.controller is not None and state["controller"] is not None:
             self._state = self.controller.state_from_json(state["controller"])
 

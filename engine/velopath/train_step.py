@@ -5,6 +5,7 @@ Shapes: B rows of this rank, T tokens a row, V vocabulary, K domains.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +19,9 @@ from velopath.model import Decoder
 from velopath.optim import clip_grad_norm, set_rate
 from velopath.phases import Phases
 
+IGNORED = -100
+"""Target of a position that does not count: padding."""
+
 
 class LossModel(nn.Module):
     """Decoder and per-domain loss as one module, so that DDP and torch.compile see both."""
@@ -27,10 +31,18 @@ class LossModel(nn.Module):
         self.decoder = decoder
         self.n_domains = n_domains
 
-    def forward(self, tokens_BT1: Tensor, domains_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss in nats per token and (2, K) sums of nats and tokens for rows of T+1 token ids."""
-        hidden_BTD = self.decoder(tokens_BT1[:, :-1])
-        targets_N = tokens_BT1[:, 1:].reshape(-1).long()
+    def forward(
+        self,
+        tokens_BT1: Tensor,
+        domains_B: Tensor,
+        *,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean loss in nats per counted token and (2, K) sums of nats and tokens; see `TrainStep`."""
+        hidden_BTD = self.decoder(tokens_BT1[:, :-1], positions, documents)
+        targets_N = (tokens_BT1[:, 1:] if targets is None else targets).reshape(-1).long()
         return linear_domain_cross_entropy(
             hidden_BTD.flatten(0, 1),
             self.decoder.unembed_weight,
@@ -55,9 +67,13 @@ class StepResult:
 class TrainStep:
     """Callable (tokens (B, T+1), domains (B,), rate) -> StepResult, updating model and optimiser.
 
-    Rows are cut into micro-batches of `micro_rows`; every row holds T tokens, so the mean over micro-batches (and
-    over ranks, by DDP) is the mean over tokens. A gradient norm that is not finite skips the update on the device,
-    on all ranks alike; the caller sees the norm and decides.
+    `targets` (B, T) are -100 where a position does not count; without them they are the tokens after each. With
+    `documents` and `positions` (B, T), attention stays inside documents.
+
+    Rows are cut into micro-batches of `micro_rows`. Without `targets` every row counts T tokens, so the mean over
+    micro-batches (and over ranks, by DDP) is the mean over tokens; with them a micro-batch of n tokens weighs n over
+    the mean n of all micro-batches of all ranks, computed on the device. A gradient norm that is not finite skips the
+    update on the device, on all ranks alike; the caller sees the norm and decides.
 
     With `compile` one graph serves as long as this object lives: rates, weights, checkpoints restored into `decoder`
     and other data change nothing that it was compiled for. `n_domains` is the most that a batch may know. The graph is
@@ -81,7 +97,7 @@ class TrainStep:
         self.decoder, self.optimizer, self.device = decoder, optimizer, dist.device
         self.phases = phases
         self._parameters = [p for p in decoder.parameters() if p.requires_grad]
-        self._micro_rows, self._clip, self._bf16 = micro_rows, clip, bf16
+        self._micro_rows, self._clip, self._bf16, self._dist = micro_rows, clip, bf16, dist
         module: nn.Module = LossModel(decoder, n_domains)
         if dist.world > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
@@ -90,17 +106,21 @@ class TrainStep:
         self._ddp = module if isinstance(module, DistributedDataParallel) else None
         self._module = cast(nn.Module, torch.compile(module)) if compile else module
 
-    def __call__(self, tokens: Tensor, domains: Tensor, rate: float) -> StepResult:
+    def __call__(self, tokens: Tensor, domains: Tensor, rate: float, **padded: Tensor) -> StepResult:
         rows = self._micro_rows or len(tokens)
         parts = list(zip(torch.split(tokens, rows), torch.split(domains, rows), strict=True))
+        within = {name: torch.split(field, rows) for name, field in padded.items()}
+        shares = self._shares(within["targets"]) if "targets" in within else None
         loss = sums = None
         for i, (tokens_BT1, domains_B) in enumerate(parts):
             if self._ddp is not None:
                 self._ddp.require_backward_grad_sync = i == len(parts) - 1
             self._begin("forward")
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-                part_loss, part_sums = self._module(tokens_BT1, domains_B)
-                part_loss = part_loss / len(parts)
+                part_loss, part_sums = self._module(
+                    tokens_BT1, domains_B, **{name: field[i] for name, field in within.items()}
+                )
+                part_loss = part_loss / len(parts) if shares is None else part_loss * shares[i]
             self._begin("backward")
             part_loss.backward()
             part_loss = part_loss.detach()
@@ -116,6 +136,12 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         self._begin(None)
         return StepResult(loss, sums, grad_norm)
+
+    def _shares(self, targets: Sequence[Tensor]) -> Tensor:
+        """What each part's mean loss weighs in the step's, times the ranks that DDP divides by."""
+        counted = torch.stack([(part != IGNORED).sum() for part in targets]).double()
+        total = self._dist.all_reduce_sum(counted.sum())
+        return (counted * self._dist.world / total.clamp(min=1)).float()
 
     def _begin(self, phase: str | None) -> None:
         if self.phases is not None:

@@ -48,6 +48,7 @@ def _mixture(config: RunConfig) -> None:
             on_bad_shard=config.data.on_bad_shard,
             threads=0,
             domain_key_salt=name,
+            **config.row_options,
         ) as sampler:
             counts = sampler.plan(min(MIXTURE_STEPS, entry.steps))
             given, asked = counts.sum(axis=0), dict(sampler.weights)
@@ -65,10 +66,19 @@ def _mixture(config: RunConfig) -> None:
                 shares = [f"{asked[domain]:.4f}", f"{given[k] / given.sum():.4f}"]
                 rows.append([domain, f"{tokens:,}", *shares, f"{read / tokens:.2f}"])
         table(
-            f"{name}: initial mixture (one rank)",
+            f"{name}: initial mixture (one rank), {_rows_words(config)}",
             ["domain", "tokens", "asked share", f"share in {len(counts)} steps", "epochs in the slice"],
             rows,
         )
+
+
+def _rows_words(config: RunConfig) -> str:
+    """How rows are made and read, for people."""
+    data = config.data
+    words = "rows of joined documents" if data.packing == "concat" else "rows of whole documents (best fit)"
+    if data.order == "windowed":
+        words += f", shuffled within {data.window} shards"
+    return words + (", attention inside documents" if config.train.document_mask else "")
 
 
 def _rates(config: RunConfig, main_steps: int, branches: list[tuple[str, int, int]]) -> None:
@@ -102,7 +112,8 @@ def _estimate(config: RunConfig, steps: int) -> None:
     width = 2 if train.precision == "bf16" else 4
     # Kept per layer and token: about 34 bytes per hidden unit in 16 bit (Korthikanti et al. 2022), with no
     # attention matrix.
-    activations = 17 * width * micro * train.row_tokens * shape.hidden_size * shape.num_hidden_layers
+    kept = 1 if train.activation_checkpointing == "full" else 17  # the layer's input, and nothing of it
+    activations = kept * width * micro * train.row_tokens * shape.hidden_size * shape.num_hidden_layers
     tokens = steps * train.rows * train.row_tokens
     flops = tokens * shape.flops_per_token(train.row_tokens)
     table(
