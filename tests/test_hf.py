@@ -134,7 +134,7 @@ def test_the_tokenizer_travels_along(tmp_path):
         ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
-        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "model_type 'mistral'"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "model_type 'gpt2'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"hidden_size": None}, "hidden_size is None; expected a positive whole number"),
         ({"num_key_value_heads": 4}, "not a multiple of num_key_value_heads 4"),

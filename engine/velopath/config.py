@@ -74,10 +74,14 @@ class DataConfig(_Tree):
 
 
 class ModelChoice(_Tree):
-    """The model: a Hugging Face Llama folder to continue from, or a preset initialised at random."""
+    """The model: a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) to continue from, or a preset at random."""
 
     hf: str | None = Field(None, description="folder with config.json and safetensors")
-    preset: str = Field("tiny", description="used where hf is null")
+    preset: str = Field(
+        "tiny",
+        description="used where hf is null: tiny, small, 40m, 160m, 1b, 3b, 8b, mistral-7b, qwen2-0.5b, qwen2-7b, "
+        "qwen3-0.6b, qwen3-8b",
+    )
     overrides: dict[str, int | float | bool] = Field(
         default_factory=dict, description="fields of the preset to replace"
     )

@@ -1,6 +1,7 @@
-"""Llama checkpoints of Hugging Face, read and written as config.json and safetensors; never pickles, never code.
+"""Checkpoints of Hugging Face (Llama, Mistral, Qwen2, Qwen3), read and written as config.json and safetensors.
 
-What `Decoder` does not compute is refused, not ignored: RoPE scaling, biases, other activations, quantisation.
+Never pickles, never code. What `Decoder` does not compute is refused, not ignored: RoPE scaling, other biases and
+activations, quantisation.
 """
 
 from __future__ import annotations
@@ -28,12 +29,19 @@ from velopath.tensor_files import (
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ARCHITECTURES: dict[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""`model_type` -> the one architecture of it that is supported."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "rope_scaling": (None,),
-    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
 }
@@ -79,12 +87,13 @@ def read_config(folder: str | Path) -> ModelConfig:
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise DataError("expected a JSON object", path=path)
-    if raw.get("model_type") != "llama" or raw.get("architectures", ["LlamaForCausalLM"]) != [
-        "LlamaForCausalLM"
-    ]:
+    family = str(raw.get("model_type"))
+    expected = [ARCHITECTURES.get(family)]
+    if family not in ARCHITECTURES or raw.get("architectures", expected) != expected:
+        known = ", ".join(ARCHITECTURES.values())
         raise ConfigError(
             f"{path}: model_type {raw.get('model_type')!r}, architectures {raw.get('architectures')!r}; "
-            "expected 'llama' and LlamaForCausalLM, the one architecture that is supported"
+            f"expected one of {known} with its own model_type"
         )
     rope = raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -95,11 +104,10 @@ def read_config(folder: str | Path) -> ModelConfig:
                 raise ConfigError(f"{path}: {name} is {value!r}; only {allowed[0]!r} is supported")
     if not _is_default_rope(rope):
         raise ConfigError(f"{path}: rope_parameters is {rope!r}; only rope_type 'default' is supported")
-    fields: dict[str, Any] = {"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10_000.0))}
-    defaults = {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-    }  # LlamaConfig's, where they differ from ours
+    fields: dict[str, Any] = {"family": family, "sliding_window": _window(raw, family, path)}
+    fields |= {"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10_000.0))}
+    # LlamaConfig's, where they differ from ours; the others' stand in their files
+    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048} if family == "llama" else {}
     for field in dataclasses.fields(ModelConfig):
         if field.name in fields:
             continue
@@ -107,12 +115,28 @@ def read_config(folder: str | Path) -> ModelConfig:
             fields[field.name] = raw[field.name]
         elif field.name in defaults:
             fields[field.name] = defaults[field.name]
-        elif field.default is dataclasses.MISSING:
-            raise ConfigError(f"{path}: {field.name} is missing; expected a complete Llama configuration")
+        elif (
+            field.default is dataclasses.MISSING or family != "llama" and field.name != "tie_word_embeddings"
+        ):
+            raise ConfigError(f"{path}: {field.name} is missing; expected a complete configuration")
     try:
         return ModelConfig(**fields)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _window(raw: Mapping[str, Any], family: str, path: Path) -> int | None:
+    """Mistral's window; the others', which Qwen names without using it, must not be in use."""
+    if family == "mistral":
+        window = raw.get("sliding_window", 4096)  # transformers' default
+        return None if window is None else int(window)
+    layers = set(raw.get("layer_types") or ())
+    if (family == "llama" and raw.get("sliding_window") is not None) or layers - {"full_attention"}:
+        raise ConfigError(
+            f"{path}: sliding_window is {raw.get('sliding_window')!r}, layer_types {sorted(layers)}; only mistral "
+            "may have a window"
+        )
+    return None
 
 
 def save_hf(
@@ -159,10 +183,20 @@ def save_hf(
 def config_json(config: ModelConfig, *, eos: int | None, dtype: torch.dtype) -> dict[str, Any]:
     """The content of config.json. RoPE's base and the dtype stand under the names of transformers 4 and 5."""
     name = str(dtype).removeprefix("torch.")
+    shape = dataclasses.asdict(config)
+    family = shape.pop("family")
+    if family != "mistral":
+        shape.pop("sliding_window")
+    if family in ("qwen2", "qwen3"):
+        shape |= {
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": config.num_hidden_layers,
+        }
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **dataclasses.asdict(config),
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        **shape,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "rope_scaling": None,
         "hidden_act": "silu",

@@ -1,133 +1,27 @@
 """A Llama-layout decoder whose state dict is the Hugging Face layout: RMSNorm, RoPE, SwiGLU, grouped KV heads.
 
+Llama, Mistral (sliding window), Qwen2 (biases of query, key and value) and Qwen3 (norms of query and key) alike.
+
 Shape suffixes: B rows, T positions, D hidden size, V vocabulary, H query heads, G key/value heads, E head size.
 Checked against `transformers` in tests/test_hf.py and against fp64 in tests/test_model.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from velopath.errors import ConfigError
+from velopath.model_shape import PRESETS, ModelConfig, preset
 from velopath.recompute import Recompute, run_layer
 
+__all__ = ["PRESETS", "Decoder", "ModelConfig", "bare", "document_mask", "preset", "rotate"]
+
 INIT_STD = 0.02
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of a `Decoder`; fields carry the names of Hugging Face's `LlamaConfig`.
-
-    `head_dim` None means hidden_size / num_attention_heads, `num_key_value_heads` None as many as query heads.
-    Both are filled in, so that two equal models compare equal. Raises `ConfigError` on a shape that cannot be.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    max_position_embeddings: int = 2048
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "tie_word_embeddings" or (field.name == "head_dim" and value is None):
-                continue
-            whole = field.name not in ("rope_theta", "rms_norm_eps")
-            kind = int if whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
-                what = "a positive whole number" if whole else "a positive number"
-                raise ConfigError(f"model.{field.name} is {value!r}; expected {what}")
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ConfigError(
-                    f"model.hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                    f"{self.num_attention_heads}; choose one that is, or give head_dim"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.num_attention_heads % self.kv_heads:
-            raise ConfigError(
-                f"model.num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.kv_heads}; each key/value head serves a whole group of query heads"
-            )
-        if self.head_size % 2:
-            raise ConfigError(f"model.head_dim is {self.head_size}; RoPE turns pairs, so it must be even")
-
-    @property
-    def head_size(self) -> int:
-        """E: `head_dim`, known to be filled in."""
-        assert self.head_dim is not None
-        return self.head_dim
-
-    @property
-    def kv_heads(self) -> int:
-        """G: `num_key_value_heads`, known to be filled in."""
-        assert self.num_key_value_heads is not None
-        return self.num_key_value_heads
-
-    @property
-    def matrix_params(self) -> int:
-        """Parameters that take part in a matrix product for every token: all but norms and the embedding
-        look-up; the unembedding counts, tied or not."""
-        attention = 2 * self.hidden_size * self.head_size * (self.num_attention_heads + self.kv_heads)
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        return self.num_hidden_layers * (attention + mlp) + self.vocab_size * self.hidden_size
-
-    @property
-    def n_params(self) -> int:
-        """Parameters of the model, a tied embedding counted once."""
-        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
-        lookup = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-        return self.matrix_params + norms + lookup
-
-    def flops_per_token(self, row_tokens: int) -> int:
-        """FLOPs of forward and backward per token in rows of T = `row_tokens`: 6 M + 12 L H E T.
-
-        M is `matrix_params`, L layers. Attention is counted in full although half of it is masked, the
-        convention of PaLM's appendix B, so that MFU compares with other people's.
-        """
-        attention = 12 * self.num_hidden_layers * self.num_attention_heads * self.head_size * row_tokens
-        return 6 * self.matrix_params + attention
-
-
-PRESETS: dict[str, ModelConfig] = {
-    # vocab, hidden, intermediate, layers, heads, kv heads, head size, positions, theta
-    "tiny": ModelConfig(1024, 64, 176, 2, 4, 2, 16, 2048, 10_000.0, tie_word_embeddings=True),  # 0.16M
-    "small": ModelConfig(4096, 256, 704, 8, 8, 4, 32, 2048, 10_000.0, tie_word_embeddings=True),  # 7M
-    "40m": ModelConfig(32000, 512, 1408, 8, 8, 8, 64, 2048, 10_000.0, tie_word_embeddings=True),  # 42M
-    "160m": ModelConfig(50304, 768, 2048, 12, 12, 12, 64, 2048, 10_000.0),  # 162M
-    "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, 8192, 500_000.0, tie_word_embeddings=True),
-    "3b": ModelConfig(128256, 3072, 8192, 28, 24, 8, 128, 8192, 500_000.0, tie_word_embeddings=True),
-    "8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192, 500_000.0),
-}
-"""Named shapes; 1b, 3b and 8b are those of Llama 3 without its RoPE scaling. The vocabulary is the tokenizer's."""
-
-
-def preset(name: str, **changes: Any) -> ModelConfig:
-    """The named shape of `PRESETS` with fields replaced, for example `preset("tiny", vocab_size=2000)`."""
-    if name not in PRESETS:
-        raise ConfigError(f"unknown model preset {name!r}; the presets are {', '.join(PRESETS)}")
-    known = {f.name for f in dataclasses.fields(ModelConfig)}
-    unknown = sorted(set(changes) - known)
-    if unknown:
-        raise ConfigError(f"unknown model field {unknown[0]!r}; the fields are {', '.join(sorted(known))}")
-    return dataclasses.replace(PRESETS[name], **changes)
 
 
 class RMSNorm(nn.Module):
@@ -148,10 +42,15 @@ def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     return x_BHTE * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE
 
 
+def causal_mask(length: int, device: torch.device, window: int | None = None) -> Tensor:
+    """(T, T), True where query t may see key s: s <= t, and t - s < `window`."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return mask if window is None else mask.triu(1 - window)
+
+
 def document_mask(documents_BT: Tensor) -> Tensor:
     """(B, 1, T, T), True where query t may see key s: s <= t, and both of one document."""
-    length = documents_BT.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents_BT.device).tril()
+    causal = causal_mask(documents_BT.shape[1], documents_BT.device)
     return (causal & (documents_BT[:, :, None] == documents_BT[:, None, :])).unsqueeze(1)
 
 
@@ -165,16 +64,24 @@ class Attention(nn.Module):
             config.kv_heads,
             config.head_size,
         )
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_size, bias=False)
+        bias = config.family == "qwen2"
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_size, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_size, config.hidden_size, bias=False)
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if config.family == "qwen3":
+            self.q_norm = RMSNorm(self.head_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_size, config.rms_norm_eps)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         rows, length, _ = x_BTD.shape
         query = self.q_proj(x_BTD).view(rows, length, self.heads, self.head_size).transpose(1, 2)
         key = self.k_proj(x_BTD).view(rows, length, self.kv_heads, self.head_size).transpose(1, 2)
         value = self.v_proj(x_BTD).view(rows, length, self.kv_heads, self.head_size).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
         # The tables are fp32, so the turn is too; attention wants one dtype (bf16 under autocast).
         query = rotate(query, cos, sin).to(value.dtype)
         key = rotate(key, cos, sin).to(value.dtype)
@@ -226,10 +133,10 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder; `state_dict()` has exactly the names and shapes of Hugging Face's `LlamaForCausalLM`.
+    """The decoder; `state_dict()` has exactly the names and shapes of Hugging Face's model of the family.
 
     Weights are drawn from N(0, 0.02^2), the projections back into the residual stream (`o_proj`, `down_proj`)
-    from N(0, (0.02 / sqrt(2 L))^2) with L layers (GPT-2's rule), norms are 1. One CPU generator seeded with
+    from N(0, (0.02 / sqrt(2 L))^2) with L layers (GPT-2's rule), norms are 1, biases 0. One CPU generator seeded with
     `seed` is read in parameter order: the weights depend neither on the device nor on torch's global generator.
     `seed=None` leaves them uninitialised for a loader to fill.
     """
@@ -263,7 +170,7 @@ class Decoder(nn.Module):
         scaled = INIT_STD / math.sqrt(2 * self.config.num_hidden_layers)
         for name, weight in self.named_parameters():
             if weight.ndim == 1:
-                weight.fill_(1.0)
+                weight.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             std = scaled if name.endswith(("o_proj.weight", "down_proj.weight")) else INIT_STD
             weight.copy_(torch.empty(weight.shape, device="cpu").normal_(0.0, std, generator=generator))
@@ -306,7 +213,11 @@ class Decoder(nn.Module):
             if positions.ndim == 2:
                 cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         x_BTD = self.model.embed_tokens(tokens_BT)
+        window = self.config.sliding_window
         mask = None if documents is None else document_mask(documents)
+        if window is not None and length > window:
+            seen = causal_mask(length, tokens_BT.device, window)
+            mask = seen if mask is None else mask & seen
         for layer in self.model.layers:
             x_BTD = run_layer(layer, self.recompute if self.training else "none", x_BTD, cos, sin, mask)
         hidden_BTD: Tensor = self.model.norm(x_BTD)

@@ -124,7 +124,7 @@ def _estimate(config: RunConfig, steps: int) -> None:
             ["tokens (main and branches)", f"{tokens:,}"],
             ["memory: weights, gradients, moments", f"{states / 2**30:,.2f} GiB"],
             ["memory: activations, about", f"{activations / 2**30:,.2f} GiB"],
-            ["compute", f"{flops:.2e} FLOPs"],
+            ["compute", f"{flops:.2e} FLOPs, {shape.flops_per_token(train.row_tokens):.3g} a token"],
             ["hours at 400 TFLOP/s (a well-fed H100 in bf16)", f"{flops / 4e14 / 3600:,.3f}"],
             ["hours at 20 GFLOP/s (a CPU core, tiny models)", f"{flops / 2e10 / 3600:,.3f}"],
         ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,16 @@ def weights_text(weights: dict[str, float]) -> str:
 
 def _numbers(record: dict[str, Any]) -> str:
     loss = "skipped" if record["loss"] is None else f"{record['loss']:.3f} nats"
-    return f"{loss}  {record['tokens_per_second'] / 1e3:.1f}k tokens/s  rate {record['rate']:.2e}"
+    speed = f"{record['tokens_per_second'] / 1e3:.1f}k tokens/s {compute_text(record)}".rstrip()
+    return f"{loss}  {speed}  rate {record['rate']:.2e}"
+
+
+def compute_text(record: Mapping[str, Any]) -> str:
+    """The share of the device's peak that a `step` record reached, else its GFLOP/s; empty where it has neither."""
+    if record.get("mfu") is not None:
+        return f"({record['mfu']:.1%} MFU)"
+    flops = record.get("flops_per_second")
+    return "" if flops is None else f"({flops / 1e9:.3g} GFLOP/s)"
 
 
 class _Bar:
