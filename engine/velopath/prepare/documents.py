@@ -40,14 +40,15 @@ or its copy; without either, the number of the document in its piece), and the b
 class Scan:
     """Documents of some pieces (an array of `DOCUMENT`), and how many were left out, by reason.
 
-    `keys` (n, b) and `sketches` (n, `PERMUTATIONS`) are those of `near_duplicates.Sketcher`, b = 0 and no sketches
-    where they were not asked for; a path is that of an .npy file.
+    `first` is to be added to the documents' file numbers. `keys` (n, b) and `sketches` (n, `PERMUTATIONS`) are those
+    of `near_duplicates.Sketcher`, b = 0 and no sketches where they were not asked for. A path is that of an .npy file.
     """
 
-    documents: NDArray[np.void]
+    documents: NDArray[np.void] | Path
     dropped: dict[str, int]
     keys: NDArray[np.uint64]
     sketches: NDArray[np.uint8] | Path
+    first: int = 0
 
 
 class _Found(NamedTuple):

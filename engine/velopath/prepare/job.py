@@ -165,7 +165,8 @@ class Job:
         folder.mkdir(exist_ok=True)
         for split, documents in self.plans[k].splits.items():
             ends = np.cumsum(documents["bytes"])
-            cuts = [0, *(np.flatnonzero(np.diff(ends // PART_BYTES)) + 1).tolist(), len(documents)]
+            reached = np.searchsorted(ends, np.arange(PART_BYTES, ends[-1] + 1, PART_BYTES))
+            cuts = [0, *(k for k in np.unique(reached).tolist() if k), len(documents)]
             for number, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
                 size = int(ends[b - 1] - (ends[a - 1] if a else 0))
                 yield _Part(k, split, folder / f"{split}.{number:06d}", a, b, size)

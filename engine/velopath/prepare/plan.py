@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from velopath.errors import ConfigError, DataError
 from velopath.mds.write import compression_level
-from velopath.prepare.documents import DOCUMENT, Scan, check_forms, read_contents
+from velopath.prepare.documents import Scan, check_forms, read_contents
 from velopath.prepare.filters import REASONS, WORDS, Filters
 from velopath.prepare.near_duplicates import near_copies, sketcher
+from velopath.prepare.order import BUCKET, joined, remainders, sorted_by_hash, taken
 from velopath.prepare.sources import Reading, Source, cut_file, find_files
 from velopath.prepare.tasks import ScanTask, scan_pieces
 from velopath.tokenizer import TextTokenizer
@@ -114,7 +115,8 @@ class DomainPlan:
         known = hashlib.sha256(f"velopath prepare 1 {parts}".encode())
         for split, documents in self.splits.items():
             known.update(f" {split} {len(documents)} ".encode())
-            known.update(_hashes(documents))
+            for at in range(0, len(documents), BUCKET):
+                known.update(_hashes(documents[at : at + BUCKET]))
         return known.hexdigest()
 
 
@@ -163,7 +165,7 @@ def plan_domains(
     """
     if work is not None:
         sources = [tuple(_with_copy(s, settings, work / "plain") for s in listed) for listed in sources]
-        for folder in ("plain", "scans"):
+        for folder in ("plain", "scans", "plan"):
             (work / folder).mkdir(exist_ok=True)
     scans: list[dict[int, Scan]] = [{} for _ in names]
     tasks = list(_scan_tasks(sources, settings, work / "scans" if work is not None else None))
@@ -175,7 +177,8 @@ def plan_domains(
     plans = []
     for domain, name in enumerate(names):  # one after the other, so that scans can be freed
         held, scans[domain] = scans[domain], {}
-        plans.append(_plan(name, sources[domain], [held.pop(k) for k in sorted(held)], settings))
+        place = work / "plan" / name if work is not None else None
+        plans.append(_plan(name, sources[domain], [held.pop(k) for k in sorted(held)], settings, place))
     return tuple(plans)
 
 
@@ -260,30 +263,32 @@ def _scan_tasks(
                 first, size = end, 0
 
 
-def _plan(name: str, sources: tuple[Source, ...], scans: list[Scan], settings: Settings) -> DomainPlan:
+def _plan(
+    name: str, sources: tuple[Source, ...], scans: list[Scan], settings: Settings, place: Path | None
+) -> DomainPlan:
+    """Tables of documents go to files that begin with `place`, or stay in memory."""
+
+    def table(split: str) -> Path | None:
+        return place.with_name(f"{place.name}.{split}") if place is not None else None
+
     dropped: Counter[str] = Counter()
     for one in scans:
         dropped.update(one.dropped)
-    found = np.concatenate([np.zeros(0, DOCUMENT), *(s.documents for s in scans)])
-    ends = np.cumsum([len(s.documents) for s in scans])
+    found = joined(scans, table("all"))
     keys = np.concatenate([s.keys for s in scans])
     sketches = [s.sketches for s in scans]
-    scans.clear()  # their documents are in `found`: at 44 bytes each, a second copy counts
-    # Copies of a text stand together, the one that comes first in the files first.
-    order = np.lexsort((found["begin"], found["file"], found["low"], found["high"]))
-    fresh = np.ones(len(order), dtype=bool)
-    for half in ("high", "low"):
-        values = found[half][order]
-        fresh[1:] = values[1:] != values[:-1] if half == "high" else fresh[1:] | (values[1:] != values[:-1])
-    order = order[fresh]
+    counts = [len(s.keys) for s in scans]
+    scans.clear()  # their documents are in `found`
+    order = sorted_by_hash(found)
     dropped["duplicates"] = len(found) - len(order)
     if settings.near_duplicates is not None:
-        near = _near_copies(ends, keys, sketches, order, settings.near_duplicates)
+        near = _near_copies(np.cumsum(counts), keys, sketches, order, settings.near_duplicates)
         dropped["near_duplicates"] = int(near.sum())
         order = order[~near]
-    held = found["low"][order] % _SPLIT_PARTS < round(settings.heldout_percent * _SPLIT_PARTS / 100)
+    held = remainders(found, order, _SPLIT_PARTS) < round(settings.heldout_percent * _SPLIT_PARTS / 100)
+    train, heldout = taken(found, order[~held], table("train")), taken(found, order[held], table("heldout"))
     reasons = {reason: dropped[reason] for reason in REASONS}
-    plan = DomainPlan(name, sources, found[order[~held]], found[order[held]], reasons)
+    plan = DomainPlan(name, sources, train, heldout, reasons)
     _check_splits(plan, len(order), settings.heldout_percent)
     return plan
 

@@ -63,7 +63,10 @@ def plan_shards(domain: int, parts: Sequence[Path], folder: Path, form: ShardFor
     counts = [_part_counts(path) for path in parts]
     starts = np.cumsum([0, *map(len, counts)])
     lengths = np.concatenate([np.zeros(0, np.int64), *counts])
-    ends = np.cumsum(lengths * np.dtype(form.dtype).itemsize + _SAMPLE_OVERHEAD)
+    del counts
+    ends = lengths * np.dtype(form.dtype).itemsize
+    ends += _SAMPLE_OVERHEAD
+    np.cumsum(ends, out=ends)
     tasks: list[ShardTask] = []
     first = 0
     while first < len(lengths):

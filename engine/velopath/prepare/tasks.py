@@ -52,15 +52,15 @@ class ScanTask:
 
 
 def scan_pieces(task: ScanTask) -> Scan:
-    """Scan the pieces of the task, numbered from its `first`, or find what an earlier run kept of this scan.
+    """Scan the pieces of the task, or find what an earlier run kept of this scan.
 
     Raises as `documents.scan`.
     """
     kept = task.results / task.key() if task.results is not None else None
     if kept is not None and kept.is_file():
         with open(kept, "rb") as file:
-            documents, dropped, keys = (np.load(file, allow_pickle=False) for _ in range(3))
-        found = Scan(documents, json.loads(str(dropped)), keys, kept.with_name(kept.name + ".npy"))
+            _, dropped, keys = (np.load(file, allow_pickle=False) for _ in range(3))
+        found = Scan(kept, json.loads(str(dropped)), keys, kept.with_name(kept.name + ".npy"))
     else:
         found = _merged(
             [scan(s, number, task.reading, task.filters, task.near) for number, s in enumerate(task.sources)]
@@ -71,11 +71,10 @@ def scan_pieces(task: ScanTask) -> Scan:
                 with durable(sketches) as file:
                     np.save(file, found.sketches, allow_pickle=False)
             with durable(kept) as file:  # last: it says that copies and sketches are whole
-                for array in (found.documents, np.array(json.dumps(found.dropped)), found.keys):
+                for array in (np.asarray(found.documents), np.array(json.dumps(found.dropped)), found.keys):
                     np.save(file, array, allow_pickle=False)
-            found = replace(found, sketches=sketches)
-    found.documents["file"] += task.first
-    return found
+            found = replace(found, documents=kept, sketches=sketches)
+    return replace(found, first=task.first)
 
 
 def _merged(scans: Sequence[Scan]) -> Scan:
@@ -83,7 +82,9 @@ def _merged(scans: Sequence[Scan]) -> Scan:
     for one in scans:
         dropped.update(one.dropped)
     return Scan(
-        np.concatenate([np.zeros(0, DOCUMENT), *(s.documents for s in scans)]),
+        np.concatenate(
+            [np.zeros(0, DOCUMENT), *(s.documents for s in scans if isinstance(s.documents, np.ndarray))]
+        ),
         dict(dropped),
         np.concatenate([s.keys for s in scans]),
         np.concatenate([s.sketches for s in scans if isinstance(s.sketches, np.ndarray)]),
