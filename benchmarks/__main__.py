@@ -19,6 +19,7 @@ from benchmarks import bars, report
 
 CPU_SUITES: dict[str, Callable[[Mapping[str, Any]], list[bars.Bar]]] = {
     "sampler": bars.sampler_bars,
+    "scale": bars.scale_bars,
     "loss": bars.loss_bars,
     "step": bars.step_bars,
     "wait": bars.wait_bars,

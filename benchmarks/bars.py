@@ -84,6 +84,17 @@ def soak_bars(result: Result) -> list[Bar]:
     return [Bar(f"growth of {name}", "<=", most, result["growth"][name]) for name, most in limits.items()]
 
 
+def scale_bars(result: Result) -> list[Bar]:
+    """The state's limit is the project's; the others are our choice."""
+    median = {name: statistics.median(values) for name, values in result["samples"].items()}
+    return [
+        Bar("bytes of state", "<=", 1 << 20, median["state_bytes"]),
+        Bar("seconds of CPU to open", "<=", 5, median["open_cpu_seconds"]),
+        Bar("private MiB over the imports", "<=", 256, median["anonymous_mib"]),
+        Bar("ms of CPU to plan a step of 512 rows", "<=", 1, median["plan_ms"]),
+    ]
+
+
 def loss_bars(result: Result) -> list[Bar]:
     """The CPU's: from logits in place, and from hidden states in chunks."""
     logits, linear = result["logits"]["contenders"], result["linear"]["contenders"]

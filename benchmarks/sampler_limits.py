@@ -97,9 +97,9 @@ def _process(part: str, folder: Path, steps: int) -> dict[str, Any]:
     return found
 
 
-def anonymous_mib() -> float:
-    """Memory that only this process has and that is no file's: RssAnon of Linux."""
-    found = re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())
+def memory_mib(kind: str = "RssAnon") -> float:
+    """Memory of this process as Linux tells: RssAnon is its own and no file's, VmHWM the peak of all."""
+    found = re.search(rf"{kind}:\s*(\d+)", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 1024
 
@@ -107,14 +107,14 @@ def anonymous_mib() -> float:
 def _opening(folder: Path, steps: int) -> dict[str, Any]:
     from velopath.stream import open_sampler
 
-    before, start = anonymous_mib(), time.perf_counter()
+    before, start = memory_mib(), time.perf_counter()
     with open_sampler(folder, rows=ROWS, row_tokens=ROW_TOKENS, weights=SHARES) as sampler:
         next(sampler)
         first = time.perf_counter() - start
-        private = anonymous_mib()
+        private = memory_mib()
         for _ in range(steps):
             next(sampler)
-        private = max(private, anonymous_mib())
+        private = max(private, memory_mib())
     return {"first_batch_seconds": first, "private_mib": private - before}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks is no installed package
 
-from benchmarks import bars, sampler, sampler_data, sampler_limits, sampler_peers, synthetic  # noqa: E402
+from benchmarks import bars, sampler, sampler_data, sampler_limits, sampler_peers, scale, synthetic  # noqa: E402
 
 
 def test_bars_of_the_sampler() -> None:
@@ -76,3 +76,18 @@ def test_processes_of_the_limits(tmp_path: Path) -> None:
     assert 0 <= found["private_mib"][0] < 64
     assert all(values[0] >= 1 for values in found["push"].values())
     assert "First batch of 0.008M documents" in sampler_limits.describe(found)
+
+
+def test_scale_suite(tmp_path: Path) -> None:
+    """Its two processes, small: the second goes on from the state of the first."""
+    data, state = tmp_path / "data", tmp_path / "state.json"
+    synthetic.write_domains(data, domains=3, shards=2, documents=3000, tokens=100, files=2)
+    first = scale._process(data, state, "start")
+    second = scale._process(data, state, "resume")
+    assert first["state_bytes"] == state.stat().st_size < 1 << 20
+    assert set(first) | set(second) == set(scale.LABELS)
+    index = {"domains": 3, "shards": 6, "documents": 18_000, "tokens": 1, "stored_bytes": 1, "named_bytes": 1}
+    samples = {name: [value] for name, value in (first | second).items()}
+    result = {"index": index, "shape": [1, 1, 1], "rounds": 1, "samples": samples}
+    assert "18,000 documents" in scale.table(result)
+    assert [bar.met for bar in bars.scale_bars(result)] == [True] * 4
