@@ -9,7 +9,8 @@ import pytest
 
 from small_run import config, in_force, newest
 from velopath.audit import weights_log
-from velopath.control import controller_for, with_decay_gain
+from velopath.configured import with_decay_gain
+from velopath.control import controller_for
 from velopath.domains import DomainLoss
 from velopath.errors import ConfigError
 from velopath.filters import Filtered
@@ -53,12 +54,12 @@ def test_an_anchor_is_needed_first() -> None:
 
 
 def test_decay_gain_by_hand() -> None:
-    targets = {"a": 1.0, "b": 2.0}
-    assert with_decay_gain(targets, None) == targets
-    assert with_decay_gain(targets, 0.25) == {"a": 1.25, "b": 2.25}
-    assert with_decay_gain(targets, {"b": 0.5}) == {"a": 1.0, "b": 2.5}
-    with pytest.raises(ConfigError, match="control.decay_gain names 'c'; the domains are a, b"):
-        with_decay_gain(targets, {"c": 0.1})
+    targets, names = {"a": 1.0, "b": 2.0}, ("a", "b", "old")  # old: of another slice
+    assert with_decay_gain(targets, None, names) == targets
+    assert with_decay_gain(targets, 0.25, names) == {"a": 1.25, "b": 2.25}
+    assert with_decay_gain(targets, {"b": 0.5, "old": 1.0}, names) == {"a": 1.0, "b": 2.5}
+    with pytest.raises(ConfigError, match="control.decay_gain names 'c'; the domains are a, b, old"):
+        with_decay_gain(targets, {"c": 0.1}, names)
 
 
 def train(folder: Path, data: Path, *stops: int, **changes: object) -> Path:

@@ -283,15 +283,25 @@ def validate_config(tree: dict[Any, Any], where: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            given = (
-                f" (given: {item['input']!r})" if item["type"] not in ("missing", "extra_forbidden") else ""
-            )
-            what = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
-            lines.append(f"{where}: {key}: {what}{given}")
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(_lines(error, where))) from None
+
+
+def _lines(error: ValidationError, where: str) -> list[str]:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        given = f" (given: {item['input']!r})" if item["type"] not in ("missing", "extra_forbidden") else ""
+        what = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
+        lines.append(f"{where}: {key}: {what}{given}")
+    return lines
+
+
+def validate_control(control: ControlConfig, changes: dict[str, Any]) -> ControlConfig:
+    """The control section with changes, or `ConfigError` with one line for each wrong key."""
+    try:
+        return ControlConfig.model_validate(control.model_dump() | changes)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_lines(error, "control"))) from None
 
 
 def _checked(overrides: Sequence[str]) -> Sequence[str]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from velopath import controllers
+from velopath.configured import configured, with_decay_gain
 from velopath.controllers import Controller
 from velopath.errors import ConfigError
-from velopath.filters import Filtered, make_filter
 from velopath.run import Run
 from velopath.runconfig import slice_folders, slice_table
 from velopath.runfolder import RunFolder
@@ -19,38 +16,14 @@ from velopath.targets import Targets
 def controller_for(run: Run, slice_name: str) -> Controller:
     """The configured controller for a slice: targets of its domains, read at its end.
 
-    Options that only other controllers know are left out, so that `control.controller=static` is enough to compare.
-    With `signal: training` or `anchored` a domain that no batch held keeps its last loss (our choice): small weights
-    make such intervals normal. Raises `ConfigError` naming the domain that has no target.
+    See `velopath.configured`. Raises `ConfigError` naming the domain that has no target.
     """
     control = run.config.control
-    if control.plugin is not None:
-        controllers.load_plugin(control.plugin)
-    known = controllers.option_names(control.controller)
-    foreign = {o for name in controllers.names() for o in controllers.option_names(name)} - known
-    options: dict[str, Any] = {k: v for k, v in control.options.items() if k not in foreign}
-    if control.signal != "heldout" and "missing" in known:
-        options.setdefault("missing", "last")
-    if "tokens" in known and "tokens" not in options:
-        options["tokens"] = _slice_tokens(run, slice_name)
-    if controllers.needs_targets(control.controller):
-        options["targets"] = with_decay_gain(_slice_targets(run, slice_name), control.decay_gain)
-    built = controllers.build(control.controller, **options)
-    return built if control.filter is None else Filtered(built, make_filter(control.filter))
 
+    def targets() -> dict[str, float]:
+        return with_decay_gain(_slice_targets(run, slice_name), control.decay_gain, run.domain_names)
 
-def with_decay_gain(targets: dict[str, float], gain: float | Mapping[str, float] | None) -> dict[str, float]:
-    """Targets of decayed proxies as those of an undecayed path: each plus the nats that the decay gained it.
-
-    The gain differs by domain, so that without it the velocities are biased (our study: 0.20 to 0.39 nats).
-    """
-    if gain is None:
-        return targets
-    if isinstance(gain, Mapping) and (unknown := sorted(set(gain) - set(targets))):
-        raise ConfigError(
-            f"control.decay_gain names {unknown[0]!r}; the domains are {', '.join(sorted(targets))}"
-        )
-    return {n: t + (gain.get(n, 0.0) if isinstance(gain, Mapping) else gain) for n, t in targets.items()}
+    return configured(control, targets=targets, tokens=lambda: _slice_tokens(run, slice_name))
 
 
 def check_controllers(run: Run, until: int) -> None:

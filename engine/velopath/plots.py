@@ -27,7 +27,7 @@ BLUE, ORANGE, TEAL = "#2a72d4", "#d9601a", "#0e9384"
 COLOURS = (ORANGE, TEAL, "#c2408f", "#b48e06", "#5f9c25", "#c8402f", "#7b6046", "#4a6b8a", "#8a4fc7")
 """Colours of versions, in order; the report's, so that a picture and the report agree."""
 
-_STYLE: Any = {  # a plain dict of rc settings; stubs of matplotlib differ in what keys they know
+STYLE: Any = {  # a plain dict of rc settings; stubs of matplotlib differ in what keys they know
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": INK,
@@ -63,12 +63,12 @@ def plot_plan(plan: Plan | CostTable, path: str | Path) -> Path:
     costs = plan if isinstance(plan, CostTable) else cost_table(dict(plan.slices), plan.branch_share)
     if isinstance(plan, CostTable):
         plan = make_plan({row.slice: row.steps for row in plan}, plan.branch_share)
-    with rc_context(_STYLE):
-        figure = _figure(11, 4.3)
+    with rc_context(STYLE):
+        figure = new_figure(11, 4.3)
         left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
         _draw_costs(left, costs)
         _draw_walk(right, plan)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_targets(targets: Targets, path: str | Path) -> Path:
@@ -81,8 +81,8 @@ def plot_targets(targets: Targets, path: str | Path) -> Path:
         raise ConfigError("no fitted targets to draw: all were given by hand")
     columns = min(3, len(fitted))
     rows = -(-len(fitted) // columns)
-    with rc_context(_STYLE):
-        figure = _figure(3.7 * columns + 0.3, 2.75 * rows + 0.5)
+    with rc_context(STYLE):
+        figure = new_figure(3.7 * columns + 0.3, 2.75 * rows + 0.5)
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for place, (axis, (name, domain)) in enumerate(zip(axes, fitted.items(), strict=False)):
             assert domain.law is not None
@@ -95,7 +95,7 @@ def plot_targets(targets: Targets, path: str | Path) -> Path:
             axis.set_visible(False)
         words = f"Proxy (circles), fitted law with its {targets.level:.0%} band, target (diamond)"
         figure.suptitle(words, x=0.01, ha="left", size=10, color=QUIET)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_lr_paths(
@@ -109,8 +109,8 @@ def plot_lr_paths(
     ends = [b.end_step for b in branches.values() if b.end_step is not None]
     last = until if until is not None else max(starts, default=main.end_step or 2 * main.warmup_steps + 100)
     span = max([last, *ends])
-    with rc_context(_STYLE):
-        figure = _figure(8.6, 3.7)
+    with rc_context(STYLE):
+        figure = new_figure(8.6, 3.7)
         axis = figure.subplots()
         steps = _steps(0, last, main.warmup_steps)
         axis.plot(steps, main.rates(steps), color=BLUE, zorder=3)
@@ -122,7 +122,7 @@ def plot_lr_paths(
             color=BLUE,
             weight="bold",
         )
-        for colour, (name, branch) in zip(_cycle(len(branches)), branches.items(), strict=True):
+        for colour, (name, branch) in zip(colours(len(branches)), branches.items(), strict=True):
             first, end = branch.decay_from or 0, branch.end_step or span
             steps = _steps(first, end, 0)
             axis.plot(steps, branch.rates(steps), color=colour, zorder=2)
@@ -145,7 +145,7 @@ def plot_lr_paths(
         axis.yaxis.set_major_formatter(FuncFormatter(_rate_label))
         axis.yaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_formatter(FuncFormatter(_count_label))
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _draw_costs(axis: Axes, costs: CostTable) -> None:
@@ -201,7 +201,7 @@ def _draw_walk(axis: Axes, plan: Plan) -> None:
     axis.annotate(
         "main path", (0, 0), xytext=(0, 9), textcoords="offset points", color=BLUE, weight="bold", ha="left"
     )
-    for number, (colour, branch) in enumerate(zip(_cycle(count), branches, strict=True), start=1):
+    for number, (colour, branch) in enumerate(zip(colours(count), branches, strict=True), start=1):
         drop = number - 1 - count  # v1 lowest: so no stem crosses another branch or its name
         axis.plot([branch.start_step, branch.start_step], [0, drop], color=colour, lw=1.2, zorder=2)
         axis.plot([branch.start_step, branch.end_step], [drop, drop], color=colour, lw=4, zorder=3)
@@ -297,7 +297,8 @@ def _spread(places: list[float], heights: list[float]) -> list[float]:
     return [place + rise for place in result]
 
 
-def _cycle(count: int) -> list[str]:
+def colours(count: int) -> list[str]:
+    """`count` colours of `COLOURS`, from the first again where they do not suffice."""
     return [COLOURS[k % len(COLOURS)] for k in range(count)]
 
 
@@ -315,13 +316,15 @@ def _rate_label(value: float, _: object = None) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches that is part of no global state."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write the figure in the format of the path's ending; returns the path."""
     target = Path(path)
     figure.savefig(target, dpi=160)
     return target

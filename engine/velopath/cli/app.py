@@ -12,6 +12,7 @@ from velopath.cli.data import app as data
 from velopath.cli.demo import demo
 from velopath.cli.diff import diff
 from velopath.cli.evaluate import evaluate
+from velopath.cli.explain import explain
 from velopath.cli.export import export
 from velopath.cli.gc import gc
 from velopath.cli.inspect import inspect
@@ -26,6 +27,7 @@ from velopath.cli.rollback import rollback
 from velopath.cli.targets import targets
 from velopath.cli.train import train
 from velopath.cli.verify import verify
+from velopath.cli.whatif import whatif
 from velopath.errors import VelopathError
 
 EPILOG = (
@@ -55,6 +57,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "override": override,
     "rollback": rollback,
     "gc": gc,
+    "explain": explain,
+    "whatif": whatif,
     "verify": verify,
     "replay": replay,
     "report": report,
