@@ -81,6 +81,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "proxy",
         "export",
         "model_card",
+        "downstream",
+        "unattended",
         "sampler_speed",
         "verification",
         "report",

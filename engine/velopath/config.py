@@ -204,6 +204,10 @@ class EvaluateConfig(_Tree):
 
     tokens: PositiveInt = Field(16384, description="held-out tokens per domain")
     batch_rows: PositiveInt = Field(16, description="rows per forward pass")
+    command: str | None = Field(
+        None,
+        description="run on each exported version; {model} {name} {run} {out}; its JSON scores go into the lineage",
+    )
 
 
 class RunConfig(_Tree):

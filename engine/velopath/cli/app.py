@@ -24,6 +24,7 @@ from velopath.cli.prepare import prepare
 from velopath.cli.replay import replay
 from velopath.cli.report import report
 from velopath.cli.rollback import rollback
+from velopath.cli.run import run
 from velopath.cli.targets import targets
 from velopath.cli.train import train
 from velopath.cli.verify import verify
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "targets": targets,
     "plan": plan,
     "train": train,
+    "run": run,
     "branch": branch,
     "eval": evaluate,
     "log": log,

@@ -31,6 +31,7 @@ def branch(
     The main path keeps its own state and can run on before or after. Run it again to resume.
     """
     from velopath.cli.progress import console_log
+    from velopath.downstream import score_version
     from velopath.export import export_version
     from velopath.run import Run
     from velopath.segments import cut_version
@@ -38,4 +39,6 @@ def branch(
     with Run.reopen(run, command="velopath branch") as job, console_log(job):
         version = cut_version(job, name, at=at, steps=steps, shape=shape)
         if not no_export:
-            job.note("export", str(export_version(job, version.name)))
+            model = export_version(job, version.name)
+            job.note("export", str(model))
+            score_version(job, version.name, model)

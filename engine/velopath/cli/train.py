@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from velopath.config import RunConfig
 
 
 def train(
@@ -38,43 +41,37 @@ def train(
       velopath train runs/2026q1 --until 5000
     (Write -r there: torchrun takes --run for its own --run-path.)
     """
-    from velopath.config import load_config
-    from velopath.errors import ConfigError
-    from velopath.runconfig import recorded_config
-    from velopath.runfolder import RunFolder
-
-    if config.is_dir():
-        if run is not None or overrides:
-            raise ConfigError(
-                f"{config} is a run folder, which holds its own configuration: leave --run and overrides out"
-            )
-        loaded, folder = recorded_config(RunFolder(config)), config
-    else:
-        loaded = load_config(config, overrides or [])
-        folder = run if run is not None else Path("runs") / config.stem
+    loaded, folder = resolve(config, overrides or [], run)
     if dry_run:
         from velopath.cli.dry_run import show_dry_run
 
         show_dry_run(loaded, folder)
         return
     from velopath.cli.progress import console_log
-    from velopath.export import export_version
     from velopath.run import Run
-    from velopath.segments import cut_version, train_main
+    from velopath.segments import train_main
+    from velopath.unattended import execute_plan
 
     command = "velopath train"
     opened = Run.reopen(folder, command) if config.is_dir() else Run.open(loaded, folder, command)
     with opened as job, console_log(job):
         if versions:
-            for segment in job.plan.segments:
-                if segment.kind == "main":
-                    train_main(job, segment.end_step)
-                else:
-                    if (
-                        loaded.control.in_branch == "replay"
-                    ):  # needs the main path's weights up to the branch's end
-                        train_main(job, segment.end_step)
-                    cut_version(job, segment.name)
-                    job.note("export", str(export_version(job, segment.name)))
+            execute_plan(job, score=False)
         else:
             train_main(job, until)
+
+
+def resolve(config: Path, overrides: list[str], run: Path | None) -> tuple[RunConfig, Path]:
+    """The configuration and the run folder that `velopath train CONFIG [OVERRIDES] [--run RUN]` means."""
+    from velopath.config import load_config
+    from velopath.errors import ConfigError
+    from velopath.runconfig import recorded_config
+    from velopath.runfolder import RunFolder
+
+    if not config.is_dir():
+        return load_config(config, overrides), run if run is not None else Path("runs") / config.stem
+    if run is not None or overrides:
+        raise ConfigError(
+            f"{config} is a run folder, which holds its own configuration: leave --run and overrides out"
+        )
+    return recorded_config(RunFolder(config)), config
