@@ -116,5 +116,7 @@ def test_the_numbers_of_lm_eval_and_what_is_left_out() -> None:
     [("nowhere-9 {model}", "cannot start 'nowhere-9'"), ("judge {nobody}", "expected words with {model}")],
 )
 def test_a_command_that_cannot_run_is_named(plan: Path, tmp_path: Path, command: str, message: str) -> None:
-    ended = velopath("run", plan, f"evaluate.command={command}", "control.controller=static", "--run", tmp_path)
+    ended = velopath(
+        "run", plan, f"evaluate.command={command}", "control.controller=static", "--run", tmp_path
+    )
     assert ended.code == 2 and message in ended.err, ended.err
