@@ -74,6 +74,9 @@ def test_the_summary_has_the_fixed_names(summary: dict[str, Any]) -> None:
         "cost",
         "sampler_tokens_per_second",
         "data_wait_share",
+        "phase_seconds",
+        "flops_per_second",
+        "mfu",
     }
     assert set(summary["domains"]) == DOMAINS
     for facts in summary["domains"].values():

@@ -73,6 +73,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluate",
         "session",
         "meter",
+        "profiling",
         "machine",
         "loop",
         "run",

@@ -123,6 +123,9 @@ def test_summary_has_the_fixed_keys_and_the_numbers_of_the_files(run: RunFolder)
         "cost",
         "sampler_tokens_per_second",
         "data_wait_share",
+        "phase_seconds",
+        "flops_per_second",
+        "mfu",
     }
     assert summary["seconds"] == 125.0
     assert summary["domains"]["code"] == {"tokens": 45000, "initial": 4.0, "target": 3.0, "last_loss": 3.75}

@@ -27,6 +27,7 @@ from velopath.errors import DataError, StoppedError, VelopathError
 from velopath.evaluate import HeldOut, evaluate
 from velopath.meter import Log, Meter
 from velopath.phases import Phases
+from velopath.profiling import Profile
 from velopath.session import Session
 from velopath.stream import TokenBatch
 from velopath.train_step import TrainStep
@@ -72,6 +73,7 @@ class Loop:
     heldout: Callable[[tuple[str, ...]], HeldOut]
     log: Log
     stop: StopRequest = field(default_factory=StopRequest)
+    profile: Profile | None = None
     _evaluated: int | None = field(default=None, init=False)
     """The step of the last held-out evaluation."""
 
@@ -129,6 +131,8 @@ class Loop:
             sums = result.sums[:, :n_domains]
             session.on_step(torch.where(torch.isfinite(result.grad_norm), sums, 0.0))
             meter.add(result)
+            if self.profile is not None:
+                self.profile.step()
             if session.step % train.log_every == 0 or session.step == until:
                 meter.record(rate)
             stop = self._must_stop(session.step)  # asked once a step: a signal may come at any moment

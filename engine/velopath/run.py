@@ -31,6 +31,7 @@ from velopath.machine import make_step, starting_model
 from velopath.model import Decoder
 from velopath.phases import Phases
 from velopath.plan import Plan, make_plan
+from velopath.profiling import Profile
 from velopath.runchange import complete
 from velopath.runconfig import recorded_config, slice_folders, slice_table
 from velopath.runfolder import RunFolder
@@ -78,6 +79,7 @@ class Run:
         self._heldout: dict[tuple[str, ...], HeldOut] = {}
         self._step: TrainStep | None = None
         self._phases = Phases(dist.device)
+        self._profile: Profile | None = None
 
     # -- opening ---------------------------------------------------------------------------------------------
 
@@ -158,6 +160,13 @@ class Run:
         }
         self.folder.write_json("run.json", about | describe_environment(self.dist.device))
 
+    def profile(self, steps: int) -> None:
+        """Profile the next `steps` steps on rank 0 into the folder's `profile/`, see `velopath.profiling`."""
+        if self.dist.is_main:
+            folder = self.folder.path / "profile"
+            self._profile = Profile(folder, steps, lambda text: self.note("profile", text))
+            self._stack.callback(self._profile.close)
+
     # -- records ---------------------------------------------------------------------------------------------
 
     def log(self, record: dict[str, Any]) -> None:
@@ -230,7 +239,9 @@ class Run:
         A root may also be one checkpoint's own folder.
         """
         step, is_new = self._train_step()
-        loop = Loop(self.config, self.dist, step, self._phases, self.held_out, self.log, self.stop)
+        loop = Loop(
+            self.config, self.dist, step, self._phases, self.held_out, self.log, self.stop, self._profile
+        )
         for root in roots:
             folder = root if (root / "manifest.json").exists() else latest_checkpoint(root)
             if folder is not None:

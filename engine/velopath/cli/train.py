@@ -25,6 +25,10 @@ def train(
     versions: Annotated[
         bool, typer.Option("--versions", help="also cut and export every version that the plan names")
     ] = False,
+    profile: Annotated[
+        int | None,
+        typer.Option(help="write a trace of this many steps, and their operators, to RUN/profile", min=1),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print config, mixture, rates, time and memory; train nothing")
     ] = False,
@@ -55,6 +59,8 @@ def train(
     command = "velopath train"
     opened = Run.reopen(folder, command) if config.is_dir() else Run.open(loaded, folder, command)
     with opened as job, console_log(job):
+        if profile is not None:
+            job.profile(profile)
         if versions:
             execute_plan(job, score=False)
         else:

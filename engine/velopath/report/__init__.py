@@ -7,6 +7,7 @@ from typing import Any
 
 from velopath.report.html import page
 from velopath.report.record import RunRecord, read_run
+from velopath.report.times import compute_speed, phase_seconds
 from velopath.runfolder import RunFolder
 
 
@@ -41,9 +42,11 @@ def summary(record: RunRecord) -> dict[str, Any]:
     - `versions`: list of `name`, `parent`, `branch_step`, `steps`, `heldout_loss` {domain: nats}, `export` path
     - `cost`: steps run by part, `evaluation_tokens`, and planned and actual (main + branches) over PTFS
     - `sampler_tokens_per_second` of the sampler alone, `data_wait_share` of the loop's time
+    - `phase_seconds` of main path and branches, see `velopath.phases`; `flops_per_second` of the model, and `mfu`
     """
     ledger = record.ledger
     _, wait = record.rates(record.walk)
+    flops, mfu = compute_speed(record.walk)
     return {
         "seconds": record.seconds,
         "domains": record.domain_facts(),
@@ -73,4 +76,7 @@ def summary(record: RunRecord) -> dict[str, Any]:
         },
         "sampler_tokens_per_second": record.sampler_tokens_per_second,
         "data_wait_share": wait,
+        "phase_seconds": phase_seconds(record.walk),
+        "flops_per_second": flops,
+        "mfu": mfu,
     }

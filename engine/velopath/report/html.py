@@ -23,6 +23,7 @@ from velopath.report.tables import (
     targets_table,
     versions_table,
 )
+from velopath.report.times import time_table
 from velopath.report.words import limits_section
 
 SECTIONS = {
@@ -378,7 +379,9 @@ def _speed(record: RunRecord, drawn: dict[str, list[Figure]]) -> str:
     )
     if record.sampler_tokens_per_second is not None:
         words += f" The sampler alone delivered {tokens_text(record.sampler_tokens_per_second)} tokens/s."
-    return _section("speed", "Throughput and data wait", _plots(drawn["throughput"]), words=words)
+    return _section(
+        "speed", "Throughput and data wait", _plots(drawn["throughput"]), time_table(record), words=words
+    )
 
 
 def _sources(record: RunRecord) -> str:
