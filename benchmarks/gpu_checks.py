@@ -206,18 +206,20 @@ def _loss_sync(bench: Bench) -> str:
 
 
 def _step_sync(bench: Bench) -> str:
-    """Batches are drawn and pushed for, rates change; only the log's record may wait."""
+    """Batches are drawn and pushed for, rates change, a record is begun; only its arrival may be waited for."""
     setup = setup_of(bench, size="check")
     with ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="velopath-bench-")))
         trainers.write_data(root, setup)
-        trainer = trainers.Velopath(setup, root, stack, record=None)
+        trainer = trainers.Velopath(setup, root, stack, record=lambda _: None)
         trainer.block(4)
         graphs = _graphs()
         with _no_sync(bench.device):
             for _ in range(6):  # within the warm-up: every step has another rate
                 trainer.sampler.push(trainers.OTHER_SHARES)
                 trainer.one_step()
+            trainer.meter.record(trainers.PEAK)
+        trainer.meter.flush()
         added = _graphs() - graphs
         if added:
             raise AssertionError(f"{added} graphs were compiled after the first steps, expected none")

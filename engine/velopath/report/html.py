@@ -23,7 +23,7 @@ from velopath.report.tables import (
     targets_table,
     versions_table,
 )
-from velopath.report.times import time_table
+from velopath.report.times import speed_words, time_table
 from velopath.report.words import limits_section
 
 SECTIONS = {
@@ -373,15 +373,8 @@ def _cost(record: RunRecord, drawn: dict[str, list[Figure]]) -> str:
 def _speed(record: RunRecord, drawn: dict[str, list[Figure]]) -> str:
     if not drawn["throughput"]:
         return _section("speed", "Throughput and data wait", _missing("No throughput has been recorded yet."))
-    words = (
-        "Tokens per second of the training loop, and the share of its time spent waiting for the sampler; the "
-        '<span style="color:var(--accent)">branches</span> in their own colour.'
-    )
-    if record.sampler_tokens_per_second is not None:
-        words += f" The sampler alone delivered {tokens_text(record.sampler_tokens_per_second)} tokens/s."
-    return _section(
-        "speed", "Throughput and data wait", _plots(drawn["throughput"]), time_table(record), words=words
-    )
+    plots, words = _plots(drawn["throughput"]), speed_words(record)
+    return _section("speed", "Throughput and data wait", plots, time_table(record), words=words)
 
 
 def _sources(record: RunRecord) -> str:

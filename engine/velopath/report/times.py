@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from velopath.report.figure import tokens_text
 from velopath.report.record import RunRecord, Segment
 from velopath.report.tables import Safe, table
 
@@ -62,3 +63,14 @@ def time_table(record: RunRecord) -> Safe:
         reached = "of an unknown peak" if mfu is None else f"MFU {mfu:.1%}"
         rows.append([f"model FLOP/s while training: {flops:.3g}", "", reached])
     return table(["main path and branches", "seconds", "share"], rows)
+
+
+def speed_words(record: RunRecord) -> str:
+    """What the section on speed shows, as HTML."""
+    words = (
+        "Tokens per second of the training loop, and the share of its time spent waiting for the sampler; the "
+        '<span style="color:var(--accent)">branches</span> in their own colour.'
+    )
+    if record.sampler_tokens_per_second is not None:
+        words += f" The sampler alone delivered {tokens_text(record.sampler_tokens_per_second)} tokens/s."
+    return words
