@@ -199,6 +199,11 @@ def test_interpolation_is_resolved(tmp_path: Path) -> None:
         (b"just text", "run.yaml"),
         (b"", "run.yaml: data: Field required"),
         (b"title: \xff\xfe", "run.yaml: .*decode"),
+        (b"data: " + b"[" * 60_000, "nested more than 50 levels deep"),  # the C loader would end the process
+        (b"- " * 60_000, "nested more than 50 levels deep"),
+        (b"title: " + b"x" * (1 << 20), "larger than 1048576 bytes"),
+        (b"true", "run.yaml: Invalid loaded object type"),
+        (b'data: {cache: "a\\0b"}', "cache is 'a.*expected a path"),
         (b"data: {slices: {a: 3}}", r"run\.yaml: data\.slices\.a"),
         (b"data: {slices: 3}", r"run\.yaml: data\.slices"),
         (b"data: 3", r"run\.yaml: data"),

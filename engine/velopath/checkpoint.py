@@ -109,14 +109,14 @@ class Checkpoint:
 
     def _restore_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         path = self.folder / "optimizer.safetensors"
-        saved = read_json(self.folder / "optimizer.json")
+        saved_groups = _saved_groups(self.folder / "optimizer.json")
         names = _parameter_names(model)
-        _check_groups(_groups(names, optimizer), saved["groups"], self.folder / "optimizer.json")
+        _check_groups(_groups(names, optimizer), saved_groups, self.folder / "optimizer.json")
         by_parameter: dict[str, dict[str, Tensor]] = {}
         for key, value in load_tensors(path).items():
             kind, _, name = key.partition("/")
             by_parameter.setdefault(name, {})[kind] = value
-        for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(saved_group["options"]["lr"])
             else:
@@ -250,6 +250,22 @@ def _groups(names: Mapping[Tensor, str], optimizer: torch.optim.Optimizer) -> li
         options = {k: v.item() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
         options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
         groups.append({"options": options, "params": [names[p] for p in group["params"]]})
+    return groups
+
+
+def _saved_groups(path: Path) -> list[dict[str, Any]]:
+    """The groups of an optimizer.json, with their types checked."""
+    saved = read_json(path)
+    groups: list[dict[str, Any]] | None = saved.get("groups") if isinstance(saved, dict) else None
+    sound = isinstance(groups, list) and all(
+        isinstance(g, dict)
+        and isinstance(g.get("params"), list)
+        and isinstance(g.get("options"), dict)
+        and type(g["options"].get("lr")) in (int, float)
+        for g in groups
+    )
+    if groups is None or not sound:
+        raise DataError("expected groups of params and options with a rate lr", path=path, field="groups")
     return groups
 
 

@@ -7,6 +7,7 @@ override can name one. The resolved tree is echoed with its hash into the run fo
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from velopath.errors import ConfigError
 
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 1 << 20, 50
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -267,7 +269,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     path = Path(path)
     try:
-        tree = OmegaConf.load(path)
+        tree = OmegaConf.load(io.StringIO(_shallow_yaml(path)))
         if not OmegaConf.is_dict(tree):
             raise ConfigError(f"{path}: expected a map with the keys of RunConfig")
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(_checked(overrides))))
@@ -276,7 +278,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"no such config file: {path}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; expected a YAML file") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(plain, dict)
     return validate_config(_absolute_paths(plain, path.parent), where=str(path))
@@ -308,6 +312,28 @@ def validate_control(control: ControlConfig, changes: dict[str, Any]) -> Control
         raise ConfigError("\n".join(_lines(error, "control"))) from None
 
 
+def _shallow_yaml(path: Path) -> str:
+    """The text of a YAML file of bounded size and depth: the C loader recurses, and a deep file ends the process.
+
+    What aliases expand to is bounded by OmegaConf.
+    """
+    import yaml
+
+    with open(path, "rb") as file:
+        content = file.read(MAX_YAML_BYTES + 1)
+    if len(content) > MAX_YAML_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES} bytes; expected a config file")
+    text = content.decode()
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise ConfigError(
+                f"{path}: nested more than {MAX_YAML_DEPTH} levels deep; expected a config file"
+            )
+    return text
+
+
 def _checked(overrides: Sequence[str]) -> Sequence[str]:
     for text in overrides:
         if "=" not in text or text.startswith("="):
@@ -320,7 +346,10 @@ def _absolute_paths(tree: dict[Any, Any], base: Path) -> dict[Any, Any]:
 
     def anchor(node: Any, key: str) -> None:
         if isinstance(node, dict) and isinstance(node.get(key), str):
-            node[key] = str((base / Path(node[key]).expanduser()).resolve())
+            try:
+                node[key] = str((base / Path(node[key]).expanduser()).resolve())
+            except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, an unknown ~user
+                raise ConfigError(f"{key} is {node[key][:80]!r}; expected a path ({error})") from error
 
     data = tree.get("data")
     if isinstance(data, dict):

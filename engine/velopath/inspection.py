@@ -273,7 +273,7 @@ def _read_table(folder: Path) -> dict[str, Any] | None:
                 if isinstance(entry[key], bool) or not isinstance(entry[key], int) or entry[key] < 0:
                     raise DataError(f"{key} is {entry[key]!r}; expected a whole number", path=path, field=key)
         table["dtype"], table["eos"]  # noqa: B018
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"not a domains.json of prepare: {error!r}", path=path) from error
     return dict(table)
 

@@ -39,6 +39,7 @@ from velopath.runlineage import kept_steps
 from velopath.schedule import LrPath
 from velopath.session import Session
 from velopath.stream import Sampler, open_sampler
+from velopath.stream_data import prepared_table
 from velopath.train_step import TrainStep
 
 MAIN = "main"
@@ -371,8 +372,7 @@ class Run:
     @property
     def prepared(self) -> dict[str, Any]:
         """The first slice's domains.json; empty where the folder was not written by `prepare`."""
-        value = RunFolder(self.data_root).read_json("domains.json")
-        return value if isinstance(value, dict) else {}
+        return prepared_table(self.data_root)
 
     @property
     def domain_names(self) -> tuple[str, ...]:

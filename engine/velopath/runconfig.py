@@ -14,7 +14,7 @@ from velopath.errors import ConfigError, DataError
 from velopath.runchange import PENDING, change, pending
 from velopath.runfolder import RunFolder
 from velopath.runlineage import kept_steps
-from velopath.stream_data import domain_folders
+from velopath.stream_data import domain_folders, prepared_table
 
 OVERRIDES = ("path.peak", "path.floor", "path.shape")
 """What `override` may change: the main path's peak from its present step on; shape and floor of later branches."""
@@ -50,11 +50,11 @@ def slice_folders(config: RunConfig, name: str) -> dict[str, Path]:
 def slice_table(config: RunConfig, name: str) -> dict[str, Any] | None:
     """The slice's domains.json with the entries of the domains it replays; None where `prepare` wrote none."""
     entry = config.data.slices[name]
-    table: dict[str, Any] | None = RunFolder(entry.root).read_json("domains.json")
+    table: dict[str, Any] | None = prepared_table(entry.root) or None
     for domain, source in entry.replay.items() if table is not None else ():
         earlier = slice_table(config, source) or {}
         if table is not None and domain in earlier.get("domains", {}):
-            table["domains"][domain] = earlier["domains"][domain]
+            table.setdefault("domains", {})[domain] = earlier["domains"][domain]
     return table
 
 

@@ -155,7 +155,7 @@ class RunFolder:
         """Write the UTF-8 file `name` whole or not at all and return its path."""
         target = self.path / name
         make_folder(target.parent)
-        write_durably(target, text.encode())
+        write_durably(target, text.encode(errors="replace"))
         return target
 
     def read_json(self, name: str) -> Any:
@@ -165,7 +165,7 @@ class RunFolder:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"not JSON: {error}", path=path) from error
 
     # -- one writer ------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def _read_lines(path: Path) -> Iterator[Record]:
                 continue
             try:
                 value = json.loads(raw)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"not JSON ({error}); the file is damaged", path=path, line=number) from error
             if not isinstance(value, dict):
                 raise DataError(f"expected a JSON object, got {type(value).__name__}", path=path, line=number)

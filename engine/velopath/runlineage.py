@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from velopath.errors import DataError
 from velopath.lineage import Cost, Lineage, Version
 from velopath.mds import load_index
 from velopath.runfolder import RunFolder
@@ -74,7 +75,7 @@ def edge_seconds(folder: RunFolder, segment: str, start: int, end: int) -> float
 
 def data_hash(folders: Mapping[str, Path]) -> str:
     """16 hex digits of the shards of a slice: domains, samples, sizes and hashes as their indexes state them."""
-    known = {name: fingerprint(load_index(folder)) for name, folder in sorted(folders.items())}
+    known = {name: fingerprint(load_index(folder, files=False)) for name, folder in sorted(folders.items())}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -89,5 +90,8 @@ def origin_cost(model_folder: str | Path) -> Cost | None:
     path = Path(model_folder) / ORIGIN
     if not path.is_file():
         return None
-    origin: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return Cost(base_steps=int(origin["steps"]), tokens=int(origin["tokens"]))
+    origin = RunFolder(model_folder).read_json(ORIGIN)
+    numbers: list[Any] = [origin.get(k) for k in ("steps", "tokens")] if isinstance(origin, dict) else [None]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise DataError(f"steps and tokens are {numbers}; expected whole numbers", path=path)
+    return Cost(base_steps=numbers[0], tokens=numbers[1])

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from velopath import _core
 from velopath.cache import raw_path
@@ -61,9 +61,11 @@ def domain_folders(root: str | Path | Mapping[str, str | Path]) -> dict[str, Pat
         return {name: Path(root[name]) for name in sorted(root)}
     root = Path(root)
     for place in (root, root / "train"):
-        found = {
-            p.parent.name: p.parent for p in place.glob("*/index.json") if not p.parent.name.startswith(".")
-        }
+        try:
+            indexes = list(place.glob("*/index.json"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot be looked into: {error}", path=str(root)[:200]) from error
+        found = {p.parent.name: p.parent for p in indexes if not p.parent.name.startswith(".")}
         if found:
             return {name: found[name] for name in sorted(found)}
     if (root / "index.json").is_file():
@@ -71,6 +73,25 @@ def domain_folders(root: str | Path | Mapping[str, str | Path]) -> dict[str, Pat
             "this is one MDS folder; give the folder above it, or a mapping domain -> folder", path=root
         )
     raise DataError("no domains: expected sub-folders that each hold an index.json", path=root)
+
+
+def prepared_table(root: str | Path) -> dict[str, Any]:
+    """The domains.json of a prepared folder, with the types that are used checked; empty where there is none.
+
+    Raises `DataError`.
+    """
+    path = Path(root) / "domains.json"
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_bytes())
+        domains, codec = table.get("domains", {}), table.get("tokenizer", {})
+        numbers = [facts.get("tokens", 0) for facts in domains.values()] + [codec.get("vocab_size", 0) or 0]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"not a table of domains: {error!r}", path=path) from error
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise DataError("expected whole numbers for tokens and vocab_size", path=path)
+    return dict(table)
 
 
 def end_of_text(folders: Mapping[str, Path], eos: int | None) -> int | None:
@@ -81,7 +102,7 @@ def end_of_text(folders: Mapping[str, Path], eos: int | None) -> int | None:
         for path in sorted(p for p in beside if p.is_file()):
             try:
                 found[json.loads(path.read_bytes())["eos"]] = path
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise DataError(f"not a table of domains with an eos: {error!r}", path=path) from error
         if len(found) > 1:
             raise ConfigError(f"the domains end their documents differently: {found}; give eos")
