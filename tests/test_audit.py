@@ -1,5 +1,6 @@
 """The audit log: a chain of hashes that shows every change."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -142,6 +143,18 @@ def test_tampering_is_found_with_its_line(log, change, line):
     with pytest.raises(DataError, match=rf"audit\.jsonl:{line}") as caught:
         verify(log)
     assert caught.value.line == line
+
+
+def test_a_record_written_anew_with_its_own_hash_is_found(log):
+    """Only the next record knows: it names the hash of the one that was there."""
+    lines = records(log)
+    lines[2]["new"] = {"a": 0.9, "b": 0.1}
+    rest = {k: v for k, v in lines[2].items() if k != "hash"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    lines[2]["hash"] = hashlib.sha256(text.encode()).hexdigest()
+    log.write_text("".join(json.dumps(r, sort_keys=True, separators=(",", ":")) + "\n" for r in lines))
+    with pytest.raises(DataError, match=r"audit\.jsonl:4 field 'previous': the record names"):
+        verify(log)
 
 
 def test_every_flipped_byte_is_found(log):

@@ -219,3 +219,24 @@ def test_a_fault_on_one_rank_ends_all_at_the_same_step(data: Path, tmp_path: Pat
     last = latest_checkpoint(tmp_path / "run" / "checkpoints" / "main")
     assert last is not None and load_checkpoint(last).state["step"] == 14
     assert all(torch.isfinite(t).all() for t in load_file(last / "model.safetensors").values())
+
+
+OTHER_WEIGHTS = """
+import os
+from velopath.session import Session
+push = Session._push
+if os.environ["RANK"] == "1":
+    Session._push = lambda self, weights: push(self, dict(zip(weights, reversed(list(weights.values())))))
+from velopath.cli import main
+main()
+"""
+
+
+def test_ranks_that_read_by_other_weights_save_nothing(data: Path, tmp_path: Path) -> None:
+    """Rank 1 pushes other weights at step 5: the hashes of the stream differ at the save of step 7, on both ranks."""
+    path, run = write_config(tmp_path / "run.yaml", data), tmp_path / "run"
+    ranks = start_ranks(2, "train", path, "--run", run, "--until", "16", code=OTHER_WEIGHTS)
+    for ended in [process.wait(120) for process in ranks]:
+        assert ended.code == 1, ended
+        assert "up to step 7 the ranks read by different weights; nothing was saved there" in ended.err
+    assert not list((run / "checkpoints").rglob("step-*"))
