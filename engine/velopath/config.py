@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -24,6 +24,9 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 class _Tree(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Section = TypeVar("Section", bound=_Tree)
 
 
 class SliceConfig(_Tree):
@@ -201,6 +204,28 @@ class ProxyConfig(_Tree):
     law: Literal["auto", "two", "three"] = "auto"
 
 
+class AlarmsConfig(_Tree):
+    """Limits of the alarms, see `velopath.alarms`; null switches a rule off. They change no result."""
+
+    one_hot: Share | None = Field(0.9, description="largest share of a domain")
+    starved: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        0.01, description="share of a domain, 3 controls long"
+    )
+    oscillation: Share | None = Field(0.05, description="mean move of a share that goes to and fro")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        4.0, description="epochs of a domain read in a slice"
+    )
+    regression: Annotated[float, Field(ge=0)] | None = Field(
+        0.1, description="nats above the first loss, and at least 2 standard errors"
+    )
+    stalled: PositiveInt | None = Field(8, description="updates without a fall of a velocity")
+    negative_gap: bool = Field(True, description="first loss at or below the target")
+    on_alarm: str = Field(
+        "log",
+        description="log; stop (with a checkpoint, exit code 6); else a shell command that gets JSON on stdin",
+    )
+
+
 class EvaluateConfig(_Tree):
     """Evaluations for the record (versions, `velopath eval`); the controller has its own smaller sample."""
 
@@ -224,6 +249,7 @@ class RunConfig(_Tree):
     train: TrainConfig = TrainConfig()
     proxy: ProxyConfig = ProxyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
 
     @model_validator(mode="after")
     def _order_fits_packing(self) -> RunConfig:
@@ -304,12 +330,12 @@ def _lines(error: ValidationError, where: str) -> list[str]:
     return lines
 
 
-def validate_control(control: ControlConfig, changes: dict[str, Any]) -> ControlConfig:
-    """The control section with changes, or `ConfigError` with one line for each wrong key."""
+def validate_section(section: type[Section], given: Section, changes: dict[str, Any], where: str) -> Section:
+    """A section of the configuration with changes, or `ConfigError` with one line for each wrong key."""
     try:
-        return ControlConfig.model_validate(control.model_dump() | changes)
+        return section.model_validate(given.model_dump() | changes)
     except ValidationError as error:
-        raise ConfigError("\n".join(_lines(error, "control"))) from None
+        raise ConfigError("\n".join(_lines(error, where))) from None
 
 
 def _shallow_yaml(path: Path) -> str:

@@ -12,6 +12,7 @@ from velopath.errors import ConfigError
 
 FREE = (
     "title",
+    "alarms",
     "data.cache",
     "data.on_bad_shard",
     "control.shadow",

@@ -10,6 +10,7 @@ Every error carries the exit code of the command that ends with it:
 | 3 | `DataError` | a data file is missing, malformed or does not fit |
 | 4 | `StoppedError` | stopped on request, a checkpoint was saved |
 | 5 | `NumericalError` | NaN, infinity or a diverged loss |
+| 6 | `AlarmError` | stopped by an alarm, a checkpoint was saved |
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ class StoppedError(VelopathError):
     """The run was asked to stop; its state is saved and `velopath train` resumes it."""
 
     exit_code = 4
+
+
+class AlarmError(StoppedError):
+    """An alarm stopped the run as `alarms.on_alarm: stop` asks; its state is saved and `velopath train` resumes it."""
+
+    exit_code = 6
 
 
 class NumericalError(VelopathError, ArithmeticError):

@@ -23,7 +23,7 @@ from velopath.config import RunConfig
 from velopath.dist import Dist
 from velopath.domains import DomainLoss
 from velopath.environment import peak_flops
-from velopath.errors import DataError, StoppedError, VelopathError
+from velopath.errors import AlarmError, DataError, StoppedError, VelopathError
 from velopath.evaluate import HeldOut, evaluate
 from velopath.meter import Log, Meter
 from velopath.phases import Phases
@@ -34,10 +34,16 @@ from velopath.train_step import TrainStep
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGINT; the loop saves and raises `StoppedError`. A second signal acts at once."""
+    """Set by SIGTERM, SIGINT or an alarm; the loop saves and raises `StoppedError`. A second signal acts at once."""
 
     def __init__(self) -> None:
         self.requested = False
+        self.alarm: str | None = None
+        """The alarm that asked, where it was no signal."""
+
+    def for_alarm(self, text: str) -> None:
+        """Ask for a stop on account of an alarm."""
+        self.requested, self.alarm = True, text
 
     @contextmanager
     def installed(self) -> Iterator[StopRequest]:
@@ -147,10 +153,10 @@ class Loop:
                 if save:
                     digest = self.save(session, slice_name=slice_name, checkpoints=checkpoints, keep=keep)
             if stop and session.step < until:
-                raise StoppedError(
-                    f"stopped at step {session.step} of {until}; state saved in {checkpoints}; "
-                    "the same command resumes it"
-                )
+                where = f"at step {session.step} of {until}; state saved in {checkpoints}; the same command resumes it"
+                if self.stop.alarm is not None:
+                    raise AlarmError(f"stopped by an alarm ({self.stop.alarm}) {where}")
+                raise StoppedError(f"stopped {where}")
         return digest
 
     def control(self, session: Session, slice_name: str, watch: bool = False) -> None:

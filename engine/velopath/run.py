@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from velopath.alarm_watch import AlarmWatch
 from velopath.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from velopath.config import RunConfig
 from velopath.config_change import check_unchanged, split_rows
@@ -69,8 +70,9 @@ class Run:
         self, config: RunConfig, folder: RunFolder, dist: Dist, command: str, mode: Mode = "train"
     ) -> None:
         self.config, self.folder, self.dist, self.command, self.mode = config, folder, dist, command, mode
-        self.watchers: list[Callable[[dict[str, Any]], None]] = []
         self.stop = StopRequest()
+        alarms = AlarmWatch(config.alarms, folder, self.log, self.note, self.stop.for_alarm)
+        self.watchers: list[Callable[[dict[str, Any]], None]] = [alarms]
         self.seconds_before = 0.0
         """Work done for this run before it was opened, for run.json (the demo's corpus and base model)."""
         slices = {name: entry.steps for name, entry in config.data.slices.items()}

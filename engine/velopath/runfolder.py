@@ -26,6 +26,7 @@ which counts the updates done:
 | `eval` | `loss` {domain: nats}, `tokens` {domain: held-out tokens}, `slice` |
 | `version` | as `eval`, on the larger sample that a version is judged by: at its branch point and its end |
 | `control` | `weights`, `velocity` or null, `initial`, `target`, `flagged`, `clipped`, `reason`, `slice`, more below |
+| `alarm` | `alarms` [{`rule`, `domain`, `value`, `limit`, `text`}], see `velopath.alarms`; `slice` |
 | `exposure` | `domains` {domain: {`rows`, `tokens`, `epochs`, `unique_tokens`}} of the `slice` so far, global |
 | `sampler` | `tokens_per_second` of the sampler alone |
 | `resume` | nothing: the segment went on from its checkpoint at `step`; its earlier records beyond are void |

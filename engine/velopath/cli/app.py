@@ -33,7 +33,7 @@ from velopath.errors import VelopathError
 
 EPILOG = (
     "Exit codes: 0 done, 2 bad configuration or argument, 3 bad data, 4 stopped with a checkpoint, "
-    "5 numerical failure, 1 anything else."
+    "5 numerical failure, 6 stopped by an alarm with a checkpoint, 1 anything else."
 )
 app = typer.Typer(
     name="velopath",

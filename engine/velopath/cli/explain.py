@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,13 @@ def explain(
     segment: Annotated[
         str, typer.Option("--segment", "-s", help="main, or a version under in_branch=live")
     ] = "main",
+    alarms: Annotated[
+        bool, typer.Option("--alarms", help="instead: what the alarms would have said, step by step")
+    ] = False,
+    limits: Annotated[
+        list[str] | None,
+        typer.Option("--limit", help="with --alarms, another limit: one_hot=0.6, epochs=null"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show why the weights of a step are what they are: loss, target, velocity, clip, weight before and after, guards.
@@ -34,11 +42,15 @@ def explain(
     Examples:
       velopath explain runs/demo --step 400
       velopath explain runs/demo --step 400 --domain verse --json
+      velopath explain runs/demo --alarms --limit one_hot=0.5
     """
     from velopath.runfolder import RunFolder
 
     folder = RunFolder(run)
     folder.check_is_run()
+    if alarms:
+        _show_alarms(alarms_of(folder, limits or (), segment), as_json)
+        return
     value = explained(folder, step, segment)
     if domain is not None:
         if domain not in value["domains"]:
@@ -80,6 +92,30 @@ def explained(folder: RunFolder, step: int | None, segment: str = "main") -> dic
         "made_again": dict(update.after.weights) == update.seen.result,
         "domains": {name: _domain(name, update, told) for name in course.domains},
     }
+
+
+def alarms_of(folder: RunFolder, limits: Sequence[str] = (), segment: str = "main") -> list[dict[str, Any]]:
+    """All alarms that the rules raise on the recorded controls, under the recorded limits or those given as rule=x."""
+    from omegaconf import OmegaConf
+
+    from velopath.alarms import all_alarms
+    from velopath.config import AlarmsConfig, validate_section
+    from velopath.runconfig import recorded_config
+
+    given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(limits)))
+    chosen = validate_section(AlarmsConfig, recorded_config(folder).alarms, given, "alarms")
+    records = folder.metrics("control", segment)
+    return [{"step": step, **a._asdict()} for step, found in all_alarms(records, chosen) for a in found]
+
+
+def _show_alarms(found: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    for alarm in found:
+        typer.echo(f"step {alarm['step']:>8,}  {alarm['rule']:<12}  {alarm['text']}")
+    if not found:
+        typer.echo("no alarm")
 
 
 def _domain(name: str, update: Update, told: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from velopath.errors import ConfigError
 
 if TYPE_CHECKING:
     from velopath.lineage import Lineage
+    from velopath.runfolder import RunFolder
 
 
 def log(
@@ -19,7 +20,7 @@ def log(
     as_json: Annotated[bool, typer.Option("--json", help="the lineage as JSON")] = False,
     as_mermaid: Annotated[bool, typer.Option("--mermaid", help="the lineage as a Mermaid flowchart")] = False,
 ) -> None:
-    """Show the lineage of a run: main checkpoints, the versions cut from them, steps, data, losses, costs."""
+    """Show the lineage of a run: main checkpoints, the versions cut from them, steps, data, losses, costs; alarms."""
     from velopath.lineage import Lineage, render
     from velopath.runfolder import RunFolder
 
@@ -33,7 +34,22 @@ def log(
     elif as_mermaid:
         typer.echo(mermaid(lineage))
     else:
-        typer.echo(render(lineage))
+        typer.echo("\n".join([render(lineage), *control_lines(folder)]))
+
+
+def control_lines(folder: RunFolder) -> list[str]:
+    """What of the main path's controller one must know: shadow mode, and the alarms by step."""
+    controls = folder.metrics("control", "main")
+    shadow = [r["step"] for r in controls if r.get("shadow")]
+    lines = []
+    if shadow:
+        lines.append(
+            f"shadow mode at steps {shadow[0]:,} to {shadow[-1]:,}: weights were proposed and none pushed"
+            + (", and is over" if not controls[-1].get("shadow") else "")
+        )
+    for record in folder.metrics("alarm", "main"):
+        lines += [f"alarm at step {record['step']:,}: {alarm['text']}" for alarm in record["alarms"]]
+    return lines
 
 
 def mermaid(lineage: Lineage) -> str:

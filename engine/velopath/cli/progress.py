@@ -83,6 +83,11 @@ class _Bar:
             self._progress.update(self._tasks[segment], completed=record["step"], numbers=_numbers(record))
         elif segment in self._tasks and kind == "control":
             self._progress.update(self._tasks[segment], weights=weights_text(record["weights"]))
+        elif kind == "alarm":
+            for alarm in record["alarms"]:
+                self._progress.console.print(
+                    f"{segment:>8}  alarm: {alarm['text']}", style="yellow", highlight=False
+                )
         elif kind == "note":
             self._progress.console.print(f"{segment:>8}  {record['text']}", highlight=False)
 
@@ -107,6 +112,9 @@ class _Lines:
             self._until[segment] = record["until"]
         elif kind == "control":
             self._weights = weights_text(record["weights"])
+        elif kind == "alarm":
+            for alarm in record["alarms"]:
+                print(f"{segment:>8}  step {record['step']}  alarm: {alarm['text']}", flush=True)
         elif kind == "note":
             print(f"{segment:>8}  {record['text']}", flush=True)
         elif kind == "step":

@@ -92,7 +92,7 @@ def _choice(
     from omegaconf import OmegaConf
 
     from velopath import controllers
-    from velopath.config import validate_control
+    from velopath.config import ControlConfig, validate_section
 
     if plugin is not None:
         controllers.load_plugin(plugin)
@@ -115,7 +115,7 @@ def _choice(
     own = control.options if chosen == control.controller else {}
     changes = {k: v for k, v in given.items() if k in sections}
     changes["options"] = {**own, **{k: v for k, v in given.items() if k not in sections}}
-    return validate_control(control, {"controller": chosen, **changes})
+    return validate_section(ControlConfig, control, {"controller": chosen, **changes}, "control")
 
 
 def _show(value: dict[str, Any]) -> None:

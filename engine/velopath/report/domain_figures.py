@@ -71,6 +71,30 @@ def weights_figure(record: RunRecord) -> Figure | None:
     return Figure("weights", "Domain weights", data, layout, 360)
 
 
+def proposed_figure(record: RunRecord) -> Figure | None:
+    """Shares in force and those that a controller in shadow mode proposed; None where none was."""
+    main = record.main
+    if main is None or not any(c.get("shadow") for c in main.controls):
+        return None
+    data: list[Trace] = []
+    for k, domain in enumerate(record.domains):
+        x, y = held(main, domain)
+        rows = [(c["step"], (c.get("proposed") or c["weights"]).get(domain)) for c in main.controls]
+        name = label(domain)
+        for dash, steps, shares, word in (
+            ("solid", x, y, "in force"),
+            ("4px,2px", *map(list, zip(*rows, strict=True)), "proposed"),
+        ):
+            data.append(
+                {"type": "scatter", "mode": "lines", "name": f"{name}, {word}", "x": steps, "y": shares}
+                | {"line": {"shape": "hv", "color": colour(f"d{k}"), "width": 1.8, "dash": dash}}
+                | {"hovertemplate": "%{y:.1%}"}
+            )
+    layout = slice_marks(record) | {"xaxis": steps_axis(), "hovermode": "x unified", "showlegend": False}
+    layout["yaxis"] = {"title": {"text": "share of the batch"}, "tickformat": ".0%", "rangemode": "tozero"}
+    return Figure("proposed", "Weights in force and proposed", data, layout, 320)
+
+
 def velocity_figure(record: RunRecord) -> Figure | None:
     controls = [r for r in (record.main.controls if record.main else ()) if r.get("velocity")]
     if not controls:

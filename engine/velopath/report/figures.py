@@ -5,6 +5,7 @@ from __future__ import annotations
 from velopath.report.domain_figures import (
     domain_loss_figure,
     exposure_figure,
+    proposed_figure,
     target_fit_figure,
     velocity_figure,
     weights_figure,
@@ -20,6 +21,7 @@ def figures(record: RunRecord) -> dict[str, list[Figure]]:
         "paths": _some(paths_figure(record)),
         "training": _some(training_loss_figure(record)),
         "weights": _some(weights_figure(record)),
+        "proposed": _some(proposed_figure(record)),
         "velocity": _some(velocity_figure(record)),
         "losses": [f for k in range(len(record.domains)) for f in _some(domain_loss_figure(record, k))],
         "fits": [f for k in range(len(record.domains)) for f in _some(target_fit_figure(record, k))],

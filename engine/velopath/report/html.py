@@ -8,10 +8,11 @@ from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
+from velopath.report.control_words import alarms_section, velocity_notes
 from velopath.report.figure import Figure, tokens_text
 from velopath.report.figures import figures
 from velopath.report.lineage_drawing import lineage_drawing
-from velopath.report.record import RunRecord, Segment, mean_loss
+from velopath.report.record import RunRecord, mean_loss
 from velopath.report.tables import (
     cost_table,
     domains_table,
@@ -266,12 +267,6 @@ def _versions(record: RunRecord) -> str:
     return _section("versions", "Versions", drawing, versions_table(record), words=words)
 
 
-def _all_flagged(main: Segment, start: int, end: int) -> bool:
-    """Whether the main path has updates in these steps, and no domain had a velocity of its own at any of them."""
-    updates = [c for c in main.controls if start < c["step"] <= end and c.get("velocity")]
-    return bool(updates) and all(len(c.get("flagged") or ()) == len(c["weights"]) for c in updates)
-
-
 def _weights(record: RunRecord, drawn: dict[str, list[Figure]]) -> str:
     main = record.main
     if not drawn["weights"] or main is None:
@@ -284,27 +279,27 @@ def _weights(record: RunRecord, drawn: dict[str, list[Figure]]) -> str:
     if moved and record.config.get("control", {}).get("controller") == "velocitune":
         source = "held-out losses" if signal == "heldout" else "the losses of the training batches"
         words += f" The controller is driven by {source}."
-    flagged = sorted({d for c in main.controls for d in c.get("flagged") or ()})
-    idle = [n for n, a, b in record.slice_starts if _all_flagged(main, a, b)]
     velocity = (
         "<h3>Velocity</h3><p class=quiet>The fraction still to be learnt: 1 where the slice began, 0 at the target. "
         "A domain with a larger V gains weight.</p>" + _plots(drawn["velocity"])
         if drawn["velocity"]
         else _missing("The weights did not move: no controller update was recorded.")
     )
-    if flagged and drawn["velocity"]:
-        names = ", ".join(escape(d) for d in flagged)
-        velocity += (
-            f"<p class=quiet>Open circles: the gap between start and target of {names} is too small for a velocity "
-            "of its own; the mean of the others is used.</p>"
-        )
-    if idle:
-        velocity += (
-            f"<p class=quiet>In {', '.join(map(escape, idle))} every gap is too small, so there are no others: V is 1 "
-            "for all and the weights hold.</p>"
+    if drawn["velocity"]:
+        velocity += velocity_notes(record)
+    if drawn["proposed"]:
+        velocity = (
+            "<h3>Shadow mode</h3><p class=quiet>The controller observed and proposed, and pushed nothing. Solid: in "
+            "force; dashed: proposed.</p>" + _plots(drawn["proposed"]) + velocity
         )
     return _section(
-        "weights", "Domain weights", _key(record), _plots(drawn["weights"]), velocity, words=words
+        "weights",
+        "Domain weights",
+        _key(record),
+        _plots(drawn["weights"]),
+        velocity,
+        alarms_section(record),
+        words=words,
     )
 
 

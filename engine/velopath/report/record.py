@@ -38,6 +38,7 @@ class Segment:
     controls: tuple[Record, ...]
     judged: tuple[Record, ...]
     exposures: tuple[Record, ...]
+    alarms: tuple[Record, ...] = ()
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a field of the step records, where it is a number."""
@@ -294,6 +295,7 @@ def _segments(run: RunFolder, starts: Mapping[str, int]) -> dict[str, Segment]:
             of("control"),
             of("version"),
             of("exposure"),
+            of("alarm"),
         )
     order = {MAIN: 0, BASE: 2, PROXY: 3}
     return dict(sorted(found.items(), key=lambda item: (order.get(item[0], 1), item[1].start)))
