@@ -19,6 +19,8 @@ def test_segments_slices_and_weights_share_one_graph(data: Path, tmp_path: Path)
     fewer = write_data(tmp_path / "two", names=("prose", "tables"), documents=60)
     slices = {"one": {"root": str(data), "steps": 4}, "two": {"root": str(fewer), "steps": 4}}
     changes = {
+        "data__packing": "best_fit",
+        "train__document_mask": True,
         "train__micro_rows": 2,
         "path__branch_share": 0.5,
         "path__warmup_steps": 1,

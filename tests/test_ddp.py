@@ -240,3 +240,21 @@ def test_ranks_that_read_by_other_weights_save_nothing(data: Path, tmp_path: Pat
         assert ended.code == 1, ended
         assert "up to step 7 the ranks read by different weights; nothing was saved there" in ended.err
     assert not list((run / "checkpoints").rglob("step-*"))
+
+
+def test_padding_weighs_the_same_on_two_ranks(data: Path, tmp_path: Path) -> None:
+    """Rows of whole documents: the ranks' micro-batches count different numbers of tokens, the mean is over all."""
+    options: dict[str, Any] = {"data__packing": "best_fit", "train__document_mask": True}
+    options |= {"control__controller": "static", "train__micro_rows": 1}
+    path = write_config(tmp_path / "one.yaml", data, **options)
+    assert velopath("train", path, "--run", tmp_path / "one", "--until", 6).code == 0
+    path = write_config(tmp_path / "two.yaml", data, **options, train__rows=2)
+    ended_well(on_two_ranks("train", path, "--run", tmp_path / "two", "--until", 6))
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+    for ours, theirs in zip(
+        in_force(tmp_path / "one", "step"), in_force(tmp_path / "two", "step"), strict=True
+    ):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+    one, two = (tensors(tmp_path / name, "main", 6) for name in ("one", "two"))
+    for name, tensor in one.items():  # of updates of 1e-2
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5, msg=name)
