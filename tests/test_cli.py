@@ -71,6 +71,9 @@ def test_help_and_looking_need_no_torch(finished: Path, tmp_path: Path) -> None:
         ["plan"],
         ["plan", str(finished / "config.yaml"), "--json"],
         ["log", str(finished)],
+        ["explain", str(finished)],
+        ["explain", str(finished), "--alarms"],
+        ["whatif", str(finished), "--controller", "odm"],
         ["report", str(finished)],
         [
             "prepare",

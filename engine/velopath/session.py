@@ -218,7 +218,8 @@ class Session:
     def _push(self, weights: Mapping[str, float]) -> None:
         if self.shadow:
             return
-        reason = type(self.controller).__name__
+        rule = getattr(self.controller, "controller", self.controller)  # the one behind a filter
+        reason = type(rule).__name__
         self.sampler.push(dict(weights), reason=reason, digest=self._digest())
 
     def _digest(self) -> str:
