@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.losses import (
+    DOMAINS,
     EAGER,
     Arena,
     Contender,
@@ -27,6 +29,7 @@ from benchmarks.losses import (
     then,
     with_domains,
 )
+from benchmarks.timing import paired_ratio, take_turns
 
 
 def run(quick: bool = False) -> dict[str, Any]:
@@ -51,6 +54,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     arena = Arena(device, (logits,), ids, overwritten=True)
     result: dict[str, Any] = {"threads": torch.get_num_threads()}
     result["logits"] = shape | measure(arena, from_logits, rounds=rounds)
+    result["options"] = option_costs(arena, rounds)
     del logits, from_logits, arena
     gc.collect()
     hidden, weight = torch.randn(rows, width), torch.randn(vocab, width) * width**-0.5
@@ -64,7 +68,45 @@ def run(quick: bool = False) -> dict[str, Any]:
     return result
 
 
+def option_costs(arena: Arena, rounds: int) -> dict[str, dict[str, float]]:
+    """{backend: {option: time with it / time without any}}, in place; paired within a round, median over rounds."""
+    options: dict[str, dict[str, Any]] = {
+        "no option": {},
+        "z_loss": {"z_loss": 1e-4},
+        "domain_weights": {"domain_weights": torch.ones(DOMAINS)},
+        "return_tokens": {"return_tokens": True},
+        "return_accuracy": {"return_accuracy": True},
+        "label_smoothing": {"label_smoothing": 0.1},
+        "logit_scale": {"logit_scale": 0.5},
+        "softcap": {"softcap": 30.0},
+        "reduction none": {"reduction": "none"},
+    }
+    costs: dict[str, dict[str, float]] = {}
+    for backend in ("cpu", "numba"):
+        contenders = {}
+        for name, given in options.items():
+            contender = _summed(ours(backend=backend, inplace=True, **given))
+            arena.sample(contender)  # warm
+            contenders[name] = partial(arena.sample, contender)
+        samples = {n: [sum(s) for s in each] for n, each in take_turns(contenders, rounds).items()}
+        plain_seconds = samples["no option"]
+        costs[backend] = {name: paired_ratio(each, plain_seconds) for name, each in samples.items()}
+    return costs
+
+
+def _summed(contender: Contender) -> Contender:
+    return lambda *tensors: contender(*tensors)[0].sum()
+
+
 def table(result: Mapping[str, Any]) -> str:
     """The result of `run` as Markdown."""
     parts = {"shapes": [result["logits"], result["linear"]], "left_out": []}
-    return f"Threads of torch: {result['threads']}.\n\n{table_shapes(parts)}"
+    lines = [
+        "Time with an option / without any, from logits, in place:",
+        "",
+        "| option | C++ | numba |",
+        "|---|--:|--:|",
+    ]
+    core, numba = result["options"]["cpu"], result["options"]["numba"]
+    lines += [f"| {name} | {core[name]:.2f} | {numba[name]:.2f} |" for name in core]
+    return f"Threads of torch: {result['threads']}.\n\n{table_shapes(parts)}\n" + "\n".join(lines) + "\n"

@@ -201,6 +201,84 @@ struct Simd {
             store_part(gradient + j, v, n - j);
         }
     }
+
+    // tanh of any x (Cephes' tanhf): a polynomial near 0, where 1 - exp would cancel.
+    static INLINE void hyperbolic_tangent(Floats& x) {
+        Floats near{};
+        fill(near, 0.625f);
+        const Words sign = (Words)x & 0x80000000u;
+        const Floats size = (Floats)((Words)x & 0x7fffffffu);
+        Floats t = size * -2.0f;
+        exponential(t);
+        const Floats large = (Floats)((Words)((1.0f - t) / (1.0f + t)) | sign);
+        const Floats z = x * x;
+        Floats p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+        p = p * z - 5.37397155531e-2f;
+        p = p * z + 1.33314422036e-1f;
+        p = p * z - 3.33332819422e-1f;
+        x = size < near ? x + x * z * p : large;
+    }
+
+    // x = cap * tanh(scale * r / cap), without a cap scale * r; returns the sum of x.
+    template <typename T>
+    static INLINE double shape(const T* r, float* x, int64_t n, float scale, float cap) {
+        Floats sum{}, v{};
+        const float inverse = cap > 0.0f ? 1.0f / cap : 0.0f;
+        double rest = 0.0;
+        for (int64_t j = 0; j < n; j += LANES) {
+            const bool whole = j + LANES <= n;
+            if (whole) {
+                load(v, r + j);
+            } else {
+                load_part(v, r + j, n - j);
+            }
+            v = v * scale;
+            if (cap > 0.0f) {
+                v = v * inverse;
+                hyperbolic_tangent(v);
+                v = v * cap;
+            }
+            if (whole) {
+                store(x + j, v);
+                sum = sum + v;
+            } else {
+                store_part(x + j, v, n - j);
+                for (int64_t i = 0; i < n - j; ++i) rest += static_cast<double>(v[i]);
+            }
+        }
+        for (int64_t i = 0; i < LANES; ++i) rest += static_cast<double>(sum[i]);
+        return rest;
+    }
+
+    // (exp(x - m) * a - b) * scale * (1 - (x / cap)^2)
+    template <typename T>
+    static INLINE void derive(const float* x, T* gradient, int64_t n, float m, float a, float b, float scale,
+                              float cap) {
+        Floats v{}, shift{};
+        fill(shift, m);
+        const float inverse = cap > 0.0f ? 1.0f / cap : 0.0f;
+        for (int64_t j = 0; j < n; j += LANES) {
+            const bool whole = j + LANES <= n;
+            if (whole) {
+                load(v, x + j);
+            } else {
+                load_part(v, x + j, n - j);
+            }
+            Floats g = v - shift;
+            exponential(g);
+            g = g * a - b;
+            if (cap > 0.0f) {
+                v = v * inverse;
+                g = g * (1.0f - v * v);
+            }
+            g = g * scale;
+            if (whole) {
+                store(gradient + j, g);
+            } else {
+                store_part(gradient + j, g, n - j);
+            }
+        }
+    }
 };
 
 }  // namespace

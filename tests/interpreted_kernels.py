@@ -13,6 +13,8 @@ from dataclasses import replace
 import torch
 
 from loss_cases import GRADIENT_TOLERANCE, GRID, Case, answer, largest_errors, problems
+from loss_option_cases import OPTIONS, differences
+from velopath.kernels import sharded_rows
 from velopath.kernels.rows import row_config, scale_in_place
 from velopath.loss import domain_cross_entropy, linear_domain_cross_entropy
 
@@ -42,6 +44,46 @@ def grid(case: Case) -> list[str]:
         again, _ = domain_cross_entropy(logits, targets, domains, n_domains=case.n_domains, backend="triton")
     found = problems(errors, TOLERANCE[case.dtype])
     return found if torch.equal(again, loss.detach()) else [*found, "another loss without gradient"]
+
+
+# Whole rows with every pair of options; rows read twice with all that has a branch of its own.
+OPTION_CASES = {name: GRID[i % 3 if i < 6 else i + 2] for i, name in enumerate(OPTIONS)}
+LONG_OPTIONS = ("options 0222", "options 1120", "options 2210")
+
+
+def with_options(case: Case, name: str) -> list[str]:
+    tolerance = 2 * TOLERANCE[case.dtype]  # 16 bits are rounded by the upstream gradient, too
+    return differences(case, name, domain_cross_entropy, tolerance, backend="triton", inplace=True)
+
+
+def shards() -> list[str]:
+    """Statistics and gradient of one shard against the form in torch; 333 columns of a padded 384."""
+    from velopath.loss import backends
+    from velopath.loss.options import RowOptions
+
+    found = []
+    for options, dtype in ((RowOptions(), torch.float32), (RowOptions(0.7, 5.0), torch.float16)):
+        buffer = torch.full((6, 384), float("nan"), dtype=dtype)
+        logits = buffer[:, :333]
+        logits.copy_(torch.randn(6, 333, generator=torch.Generator().manual_seed(3)) * 3)
+        local = torch.tensor([0, 332, -1, 333, backends.NOT_COUNTED, 100])
+        logits[4, 5] = float("nan")
+        keep = local != backends.NOT_COUNTED
+        factors = torch.rand(4, 6, dtype=torch.float64)
+        factors[0] = 12.0
+        results = []
+        for form, x in (("reference", logits.clone()), ("triton", logits)):
+            statistics = backends.statistics(form, x, local, options, padded=form == "triton")
+            backends.write_gradient(form, x, local, factors, options, padded=form == "triton")
+            results.append((statistics[:, keep], x.double()))
+        (want, gradient), (got, mine) = results
+        # The maximum left of no column is -inf in both.
+        if not torch.allclose(got, want, rtol=2e-6, atol=2e-5):
+            found.append(f"statistics are off by {(got - want).abs().max():.3g}")
+        if not (error := float((mine - gradient).abs().max() / gradient.abs().max())) < TOLERANCE[dtype]:
+            found.append(f"the gradient is off by {error:.3g}")
+    assert sharded_rows.STATISTICS == 7 and sharded_rows.NOT_COUNTED.value == backends.NOT_COUNTED
+    return found
 
 
 def linear() -> list[str]:
@@ -122,9 +164,11 @@ def main() -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1", "set before triton is imported"
     checks: dict[str, Callable[[], list[str]]] = {
         f.__name__: f
-        for f in (linear, invalid_ids_give_nan, nan_logit, padding_belongs_to_the_caller, scaling)
+        for f in (linear, shards, invalid_ids_give_nan, nan_logit, padding_belongs_to_the_caller, scaling)
     }
     results = {case.name: grid(case) for case in CASES}
+    results |= {name: with_options(case, name) for name, case in OPTION_CASES.items()}
+    results |= {f"{name}, row read twice": with_options(LONG, name) for name in LONG_OPTIONS}
     print(json.dumps(results | {name: check() for name, check in checks.items()}))
 
 

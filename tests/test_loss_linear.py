@@ -152,10 +152,12 @@ def test_compiled_inplace_copies_no_logits():
 def test_operators_pass_opcheck():
     logits, targets, domains = GRID[0].tensors()
     hidden, weight, t, d = linear_case()
-    torch.library.opcheck(loss_ops.cross_entropy_, (logits.clone(), targets, domains, 3, IGNORE, "cpu"))
-    torch.library.opcheck(loss_ops.cross_entropy, (logits, targets, domains, 3, IGNORE, "cpu"))
+    settings = (IGNORE, 1.0, 0.0, 0.0, 0.0, "mean", False, False, "", "cpu")
+    torch.library.opcheck(loss_ops.cross_entropy_, (logits.clone(), targets, domains, None, 3, *settings))
+    torch.library.opcheck(loss_ops.cross_entropy, (logits, targets, domains, None, 3, *settings))
+    gradients = (True, True, False)
     torch.library.opcheck(
-        loss_ops.linear_cross_entropy, (hidden, weight, t, d, 4, IGNORE, 9000, "cpu", True, True)
+        loss_ops.linear_cross_entropy, (hidden, weight, t, d, None, None, 9000, *gradients, 4, *settings)
     )
 
 

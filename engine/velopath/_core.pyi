@@ -153,13 +153,47 @@ def cross_entropy_rows(
     gradient: bool,
     threads: int,
     instruction_set: str = "",
+    scales: NDArray[np.float32] | None = None,
+    lse: NDArray[np.float32] | None = None,
+    losses: NDArray[np.float32] | None = None,
+    correct: NDArray[np.float32] | None = None,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> None:
     """Write each row's loss in nats and, with `gradient`, scale * (softmax - one hot) over the logits.
 
     `logits` is (N, V) with contiguous columns, uint16 standing for the bits of bf16; a row whose target is
     `ignore_index` has loss and gradient 0. `instruction_set` is one of `instruction_sets()`, "" the best.
+    `scales` (N,) takes the place of scale; with it `lse` and `losses` (scaled, with the options of
+    `velopath.loss.options`) are written, and `correct`, where given: 1 where the target is the first largest.
     Raises ValueError where an argument does not fit. Runs without the GIL.
     """
+
+def shard_statistics(
+    logits: NDArray[np.float32] | NDArray[np.uint16],
+    targets: NDArray[np.int64],
+    out: NDArray[np.float64],
+    *,
+    logit_scale: float,
+    softcap: float,
+    threads: int,
+    instruction_set: str = "",
+) -> None:
+    """Write the (7, N) statistics of a shard's columns; `velopath.loss.backends.statistics` says of what."""
+
+def shard_gradient(
+    logits: NDArray[np.float32] | NDArray[np.uint16],
+    targets: NDArray[np.int64],
+    factors: NDArray[np.float64],
+    *,
+    logit_scale: float,
+    softcap: float,
+    threads: int,
+    instruction_set: str = "",
+) -> None:
+    """Write a shard's gradient over its logits; `velopath.loss.backends.write_gradient` has the formula."""
 
 def instruction_sets() -> str:
     """Instruction sets that this build has and this machine runs, best first, separated by spaces."""

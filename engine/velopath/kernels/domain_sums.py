@@ -36,6 +36,9 @@ def partial_sums(
     ignore_index,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DOMAINS: tl.constexpr,
+    LOSSES=None,  # (rows,) fp32, 0 where ignored: summed into TOTAL_PART in place of NATS
+    CORRECT=None,  # (rows,) fp32, 0 or 1
+    CORRECT_PART=None,  # (blocks, n_domains) int32, written where CORRECT is given
 ):
     block = tl.program_id(0)
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -48,7 +51,13 @@ def partial_sums(
     at = block.to(tl.int64) * n_domains + domains
     tl.store(NATS_PART + at, tl.sum(tl.where(hit, nats[:, None], 0.0), 0), mask=domains < n_domains)
     tl.store(TOKENS_PART + at, tl.sum(hit.to(tl.int32), 0), mask=domains < n_domains)
+    if CORRECT is not None:
+        correct = tl.load(CORRECT + rows, mask=there, other=0.0) > 0.0
+        there_too = hit & correct[:, None]
+        tl.store(CORRECT_PART + at, tl.sum(there_too.to(tl.int32), 0), mask=domains < n_domains)
     if tl.program_id(1) == 0:
+        if LOSSES is not None:
+            nats = tl.load(LOSSES + rows, mask=there, other=0.0)
         invalid = counted & ((of_row < 0) | (of_row >= n_domains))
         # Ignored rows hold 0 nats.
         tl.store(TOTAL_PART + block, tl.sum(tl.where(invalid, float("nan"), nats), 0))
@@ -59,13 +68,14 @@ def total_sums(
     NATS_PART,
     TOKENS_PART,
     TOTAL_PART,
-    COUNTED,  # () int64
+    COUNTED,  # () int64, or None: the total is the loss
     LOSS,  # () fp32, written
-    SUMS,  # (2, n_domains) fp32, written: nats, tokens
+    SUMS,  # (2 or 3, n_domains) fp32, written: nats, tokens, correct
     n_blocks,
     n_domains,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DOMAINS: tl.constexpr,
+    CORRECT_PART=None,
 ):
     domains = tl.program_id(0) * BLOCK_DOMAINS + tl.arange(0, BLOCK_DOMAINS)
     nats = tl.zeros([BLOCK_DOMAINS], tl.float64)
@@ -76,6 +86,14 @@ def total_sums(
         there = (blocks < n_blocks)[:, None] & (domains < n_domains)[None, :]
         nats += tl.sum(tl.load(NATS_PART + at, mask=there, other=0.0).to(tl.float64), 0)
         tokens += tl.sum(tl.load(TOKENS_PART + at, mask=there, other=0).to(tl.int64), 0)
+    if CORRECT_PART is not None:
+        correct = tl.zeros([BLOCK_DOMAINS], tl.int64)
+        for start in range(0, n_blocks, BLOCK_ROWS):
+            blocks = start + tl.arange(0, BLOCK_ROWS)
+            at = blocks.to(tl.int64)[:, None] * n_domains + domains[None, :]
+            there = (blocks < n_blocks)[:, None] & (domains < n_domains)[None, :]
+            correct += tl.sum(tl.load(CORRECT_PART + at, mask=there, other=0).to(tl.int64), 0)
+        tl.store(SUMS + 2 * n_domains + domains, correct.to(tl.float32), mask=domains < n_domains)
     tl.store(SUMS + domains, nats.to(tl.float32), mask=domains < n_domains)
     tl.store(SUMS + n_domains + domains, tokens.to(tl.float32), mask=domains < n_domains)
     if tl.program_id(0) == 0:
@@ -83,22 +101,35 @@ def total_sums(
         for start in range(0, n_blocks, BLOCK_ROWS):
             blocks = start + tl.arange(0, BLOCK_ROWS)
             total += tl.load(TOTAL_PART + blocks, mask=blocks < n_blocks, other=0.0).to(tl.float64)
-        counted = tl.load(COUNTED)
-        mean = tl.sum(total, 0) / tl.where(counted > 0, counted, 1).to(tl.float64)
-        tl.store(LOSS, mean.to(tl.float32))
+        loss = tl.sum(total, 0)
+        if COUNTED is not None:
+            counted = tl.load(COUNTED)
+            loss = loss / tl.where(counted > 0, counted, 1).to(tl.float64)
+        tl.store(LOSS, loss.to(tl.float32))
 
 
 def reduce_rows(
-    nats: Tensor, targets: Tensor, domains: Tensor, counted: Tensor, n_domains: int, ignore_index: int
+    nats: Tensor,
+    targets: Tensor,
+    domains: Tensor,
+    counted: Tensor,
+    n_domains: int,
+    ignore_index: int,
+    losses: Tensor | None = None,
+    correct: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The mean loss over counted rows, fp32 scalar, and the (2, n_domains) fp32 sums of nats and tokens."""
+    """The sum of nats / counted, or of `losses` where given, and the (2 or 3, n_domains) fp32 sums per domain.
+
+    The sums are of nats, of tokens and, where `correct` is given, of it.
+    """
     rows = nats.shape[0]
     blocks, groups = triton.cdiv(rows, ROWS), triton.cdiv(n_domains, DOMAINS)
     nats_part = torch.empty(blocks, n_domains, dtype=torch.float32, device=nats.device)
     tokens_part = torch.empty(blocks, n_domains, dtype=torch.int32, device=nats.device)
     total_part = torch.empty(blocks, dtype=torch.float32, device=nats.device)
+    correct_part = None if correct is None else torch.empty_like(tokens_part)
     loss = torch.empty((), dtype=torch.float32, device=nats.device)
-    sums = torch.empty(2, n_domains, dtype=torch.float32, device=nats.device)
+    sums = torch.empty(2 if correct is None else 3, n_domains, dtype=torch.float32, device=nats.device)
     repeat = rows // domains.shape[0]
     with on_device_of(nats):
         partial_sums[(blocks, groups)](
@@ -114,19 +145,23 @@ def reduce_rows(
             ignore_index,
             BLOCK_ROWS=ROWS,
             BLOCK_DOMAINS=DOMAINS,
+            LOSSES=losses,
+            CORRECT=correct,
+            CORRECT_PART=correct_part,
             num_warps=4,
         )
         total_sums[(groups,)](
             nats_part,
             tokens_part,
             total_part,
-            counted,
+            counted if losses is None else None,
             loss,
             sums,
             blocks,
             n_domains,
             BLOCK_ROWS=32,
             BLOCK_DOMAINS=DOMAINS,
+            CORRECT_PART=correct_part,
             num_warps=4,
         )
     return loss, sums

@@ -5,8 +5,10 @@ target, m = max x and d = sum exp(x - m):   nats = (m - x_t) + log d,   gradient
 = t]) * scale. m stays apart from log d everywhere: m + log d in fp32 would lose four digits at logits of
 1e4.
 
-One program per row. Up to WHOLE_ROW_BYTES the row is kept in registers and read once. Above it is read
-twice, with few rows in flight so that the second read should find the cache (not yet verified on a GPU).
+Options (`velopath.loss.options` has the formulas) are constants of the compiled kernel: those not asked for
+leave no instruction behind. One program per row. Up to WHOLE_ROW_BYTES the row is kept in registers and
+read once. Above it is read twice, with few rows in flight so that the second read should find the cache
+(not yet verified on a GPU).
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -20,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from velopath.kernels import on_device_of
+from velopath.kernels.shape import shaped, slope
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -44,12 +47,25 @@ def cross_entropy_rows(
     WHOLE_ROW: tl.constexpr,  # BLOCK >= n_load
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,  # columns that one thread loads at once
+    SCALES=None,  # (rows,) fp32: multiply loss and gradient, instead of 1 / COUNTED; with it LSE and LOSSES
+    LSE=None,  # (rows,) fp32, written
+    LOSSES=None,  # (rows,) fp32, written
+    CORRECT=None,  # (rows,) fp32, written
+    LOGIT_SCALE: tl.constexpr = 1.0,
+    SOFTCAP: tl.constexpr = 0.0,
+    SMOOTHING: tl.constexpr = 0.0,
+    Z_LOSS: tl.constexpr = 0.0,
 ):
     row = tl.program_id(0).to(tl.int64)
     X = LOGITS + row * stride_row
     target = tl.load(TARGETS + row).to(tl.int64)
     if target == ignore_index:
         tl.store(NATS + row, 0.0)
+        if SCALES is not None:
+            tl.store(LSE + row, 0.0)
+            tl.store(LOSSES + row, 0.0)
+        if CORRECT is not None:
+            tl.store(CORRECT + row, 0.0)
         if HAS_GRADIENT:
             for start in range(0, n_load, BLOCK):
                 cols = start + tl.arange(0, BLOCK)
@@ -58,19 +74,34 @@ def cross_entropy_rows(
     # An invalid target cannot be refused without waiting for the GPU: it makes loss and gradient NaN instead.
     valid = (target >= 0) & (target < n_cols)
     poison = tl.where(valid, 0.0, float("nan"))
-    x_target = tl.load(X + tl.where(valid, target, 0)).to(tl.float32)
-    scale = 1.0 / tl.load(COUNTED).to(tl.float32) + poison
+    given_target = tl.load(X + tl.where(valid, target, 0)).to(tl.float32)
+    x_target = shaped(given_target, LOGIT_SCALE, SOFTCAP)
+    if SCALES is None:
+        scale = 1.0 / tl.load(COUNTED).to(tl.float32) + poison
+    else:
+        scale = tl.load(SCALES + row) + poison
     if WHOLE_ROW:
         cols = tl.arange(0, BLOCK)
         x = tl.load(X + cols, mask=cols < n_load, other=float("-inf")).to(tl.float32)
-        x = tl.where(cols < n_cols, x, float("-inf"))
+        if CORRECT is not None:
+            top = tl.max(tl.where(cols < n_cols, x, float("-inf")), 0)
+            left = tl.max(tl.where(cols < target, x, float("-inf")), 0)
+        x = tl.where(cols < n_cols, shaped(x, LOGIT_SCALE, SOFTCAP), float("-inf"))
         m = tl.max(x, 0)
         e = tl.exp2((x - m) * LOG2E)
         d = tl.sum(e, 0)
+        if SMOOTHING > 0.0:
+            sum_x = tl.sum(tl.where(cols < n_cols, x, 0.0), 0)
         if HAS_GRADIENT:
             # The target's column is subtracted in fp32, before the only rounding.
-            g = e * (scale / d)
-            g = tl.where(cols == target, g - scale, g)
+            factor = scale / d
+            if Z_LOSS > 0.0:
+                factor *= 1.0 + 2.0 * Z_LOSS * (m + tl.log2(d) * LN2)
+            g = e * factor
+            if SMOOTHING > 0.0:
+                g -= scale * SMOOTHING / n_cols
+            g = tl.where(cols == target, g - scale * (1.0 - SMOOTHING), g)
+            g = slope(g, x, LOGIT_SCALE, SOFTCAP)
             tl.store(X + cols, g.to(X.dtype.element_ty), mask=cols < n_load)
     else:
         # Each thread keeps a maximum and a sum of its own (axis 1 lies within a thread): no barrier in the
@@ -78,36 +109,71 @@ def cross_entropy_rows(
         tile = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
         m_lane = tl.full([BLOCK // VECTOR], float("-inf"), tl.float32)
         d_lane = tl.zeros([BLOCK // VECTOR], tl.float32)
+        if SMOOTHING > 0.0:
+            sum_lane = tl.zeros([BLOCK // VECTOR], tl.float32)
+        if CORRECT is not None:
+            top_lane = tl.full([BLOCK // VECTOR], float("-inf"), tl.float32)
+            left_lane = tl.full([BLOCK // VECTOR], float("-inf"), tl.float32)
         for start in range(0, n_load, BLOCK):
             cols = start + tile
             x = tl.load(X + cols, mask=cols < n_load, other=float("-inf")).to(tl.float32)
-            x = tl.where(cols < n_cols, x, float("-inf"))
+            if CORRECT is not None:
+                top_lane = tl.maximum(top_lane, tl.max(tl.where(cols < n_cols, x, float("-inf")), 1))
+                left_lane = tl.maximum(left_lane, tl.max(tl.where(cols < target, x, float("-inf")), 1))
+            x = tl.where(cols < n_cols, shaped(x, LOGIT_SCALE, SOFTCAP), float("-inf"))
             higher = tl.maximum(m_lane, tl.max(x, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
             d_lane *= tl.exp2((m_lane - base) * LOG2E)
             d_lane += tl.sum(tl.exp2((x - base[:, None]) * LOG2E), 1)
             m_lane = higher
+            if SMOOTHING > 0.0:
+                sum_lane += tl.sum(tl.where(cols < n_cols, x, 0.0), 1)
         m = tl.max(m_lane, 0)
         d = tl.sum(d_lane * tl.exp2((m_lane - m) * LOG2E), 0)
+        if SMOOTHING > 0.0:
+            sum_x = tl.sum(sum_lane, 0)
+        if CORRECT is not None:
+            top = tl.max(top_lane, 0)
+            left = tl.max(left_lane, 0)
         if HAS_GRADIENT:
             factor = scale / d
+            if Z_LOSS > 0.0:
+                factor *= 1.0 + 2.0 * Z_LOSS * (m + tl.log2(d) * LN2)
             for start in range(0, n_load, BLOCK):
                 cols = start + tile
                 x = tl.load(X + cols, mask=cols < n_load, other=float("-inf"), eviction_policy="evict_first")
-                g = tl.where(cols < n_cols, tl.exp2((x.to(tl.float32) - m) * LOG2E) * factor, 0.0)
-                g = tl.where(cols == target, g - scale, g)
+                x = shaped(x.to(tl.float32), LOGIT_SCALE, SOFTCAP)
+                g = tl.where(cols < n_cols, tl.exp2((x - m) * LOG2E) * factor, 0.0)
+                if SMOOTHING > 0.0:
+                    g -= scale * SMOOTHING / n_cols
+                g = tl.where(cols == target, g - scale * (1.0 - SMOOTHING), g)
+                g = slope(g, x, LOGIT_SCALE, SOFTCAP)
                 tl.store(X + cols, g.to(X.dtype.element_ty), mask=cols < n_load)
-    tl.store(NATS + row, (m - x_target) + tl.log2(d) * LN2 + poison)
+    nats = (m - x_target) + tl.log2(d) * LN2 + poison
+    tl.store(NATS + row, nats)
+    if SCALES is not None:
+        lse = m + tl.log2(d) * LN2 + poison
+        loss = nats
+        if SMOOTHING > 0.0:
+            loss += SMOOTHING * (x_target - sum_x / n_cols)
+        if Z_LOSS > 0.0:
+            loss += Z_LOSS * lse * lse
+        tl.store(LSE + row, lse)
+        tl.store(LOSSES + row, loss * scale)
+    if CORRECT is not None:
+        first = (given_target == top) & (left < top) & (nats == nats)
+        tl.store(CORRECT + row, tl.where(first, 1.0, 0.0))
 
 
-def row_config(n_load: int, itemsize: int, warp: int = 32) -> dict[str, int | bool]:
+def row_config(n_load: int, itemsize: int, warp: int = 32, *, crowded: bool = False) -> dict[str, int | bool]:
     """Block sizes and warps of `cross_entropy_rows` for rows of `n_load` columns of `itemsize` bytes.
 
-    `warp` is the number of threads in a warp: 64 on AMD.
+    `warp` is the number of threads in a warp: 64 on AMD. `crowded` says that softcap, smoothing or accuracy need
+    registers, too: a quarter of that row then fits into them.
     """
     vector = 16 // itemsize
     block = max(triton.next_power_of_2(n_load), 128)
-    if n_load * itemsize <= WHOLE_ROW_BYTES:
+    if n_load * itemsize <= (WHOLE_ROW_BYTES // 4 if crowded else WHOLE_ROW_BYTES):
         threads = min(max(block // 32, warp), 512)
         return {"WHOLE_ROW": True, "BLOCK": block, "VECTOR": vector, "num_warps": threads // warp}
     # The most threads a program can have: at most two rows are then in flight per multiprocessor.
@@ -123,8 +189,19 @@ def write_rows(
     gradient: bool,
     *,
     padded: bool = False,
+    scales: Tensor | None = None,
+    lse: Tensor | None = None,
+    losses: Tensor | None = None,
+    correct: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> None:
     """Write each row's loss in nats and, with `gradient`, (softmax - one hot) / counted over the logits.
+
+    `scales` (N,) takes the place of 1 / counted; with it `lse` and `losses` (N,) are written, the loss scaled
+    and with its options, and `correct` where given. Each value of an option is a kernel of its own.
 
     `logits` (N, V) has contiguous columns. `padded` says that it comes from `empty_rows`: then the padding
     may be written too.
@@ -142,7 +219,20 @@ def write_rows(
             columns,
             ignore_index,
             HAS_GRADIENT=gradient,
-            **row_config(columns, logits.element_size(), 64 if torch.version.hip else 32),
+            SCALES=scales,
+            LSE=lse,
+            LOSSES=losses,
+            CORRECT=correct,
+            LOGIT_SCALE=logit_scale,
+            SOFTCAP=softcap,
+            SMOOTHING=label_smoothing,
+            Z_LOSS=z_loss,
+            **row_config(
+                columns,
+                logits.element_size(),
+                64 if torch.version.hip else 32,
+                crowded=correct is not None or softcap > 0 or label_smoothing > 0,
+            ),
         )
 
 
