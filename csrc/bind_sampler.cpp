@@ -200,31 +200,11 @@ auto unlocked(const Handle& handle, F&& call) {
     return call(sampler);
 }
 
-using ShardTuple = std::tuple<std::string, u64, u64, std::vector<std::string>, std::vector<i64>, std::size_t, bool, unsigned, std::optional<u64>>;
-
-std::shared_ptr<const TokenStream> open_stream(const std::vector<ShardTuple>& shards, std::optional<std::int32_t> eos) {
-    std::vector<ShardSpec> specs;
-    for (const auto& [path, samples, bytes, names, sizes, column, plain, code, length] : shards)
-        specs.push_back({path, samples, bytes, names, sizes, column, {plain, type_of_code(code), length}});
-    const py::gil_scoped_release free;
-    return std::make_shared<const TokenStream>(std::move(specs), eos);
-}
-
-Tokens read_stream(const TokenStream& stream, u64 position, u64 count) {
-    if (position >= stream.tokens())
-        throw ConfigError("position " + std::to_string(position) + " is not below the stream's " + std::to_string(stream.tokens()) + " tokens");
-    Tokens out(static_cast<py::ssize_t>(count));
-    std::int32_t* const data = out.mutable_data();
-    const py::gil_scoped_release free;
-    stream.read(position, count, data);
-    return out;
-}
-
 std::shared_ptr<Handle> open_sampler(const std::vector<std::shared_ptr<TokenStream>>& streams,
                                      const std::vector<std::shared_ptr<Packing>>& packings, std::vector<u64> keys, std::vector<u64> shares,
                                      u64 seed, u64 rank, u64 world, u64 rows, u64 row_tokens, const std::string& exhaustion, u64 start_step,
                                      u64 threads, u64 prefetch, double stall_seconds, u64 window, bool boundaries, std::int32_t padding,
-                                     py::object allocate) {
+                                     bool staged, py::object allocate) {
     if (streams.empty() || streams.size() != keys.size() || streams.size() != shares.size() || streams.size() != packings.size() ||
         rank >= world || rows == 0 || row_tokens == 0 || prefetch == 0)
         throw ConfigError("the arguments of the sampler do not fit each other");
@@ -234,25 +214,8 @@ std::shared_ptr<Handle> open_sampler(const std::vector<std::shared_ptr<TokenStre
                               : exhaustion == "renormalise" ? Exhaustion::renormalise
                                                             : Exhaustion::stop;
     const Settings settings{seed,     rank,     world,         rows,   row_tokens, policy, start_step,
-                            threads,  prefetch, stall_seconds, window, boundaries, padding};
+                            threads,  prefetch, stall_seconds, window, boundaries, padding, staged};
     return std::make_shared<Handle>(std::move(sources), std::move(keys), settings, std::move(shares), std::move(allocate));
-}
-
-using Starts = py::array_t<u64, py::array::c_style>;
-using Pieces = py::array_t<std::uint32_t, py::array::c_style>;
-
-std::shared_ptr<Packing> make_packing(const Starts& starts, const Pieces& pieces, u64 width, std::string path) {
-    static_assert(sizeof(Piece) == 3 * sizeof(std::uint32_t));
-    if (starts.ndim() != 1 || starts.size() < 2 || pieces.ndim() != 2 || pieces.shape(1) != 3)
-        throw ConfigError("the arrays of a packing do not fit each other");
-    // Let go with the GIL held, whichever thread is the last to use them.
-    const std::shared_ptr<const void> owner(new std::pair<Starts, Pieces>(starts, pieces), [](const void* p) {
-        const py::gil_scoped_acquire hold;
-        delete static_cast<const std::pair<Starts, Pieces>*>(p);
-    });
-    const auto bins = static_cast<u64>(starts.size()) - 1, count = static_cast<u64>(pieces.shape(0));
-    const auto* const first = reinterpret_cast<const Piece*>(pieces.data());
-    return std::make_shared<Packing>(starts.data(), bins, first, count, width, std::move(path), owner);
 }
 
 template <class T>
@@ -288,6 +251,25 @@ void load_state(const Handle& handle, u64 step, std::vector<u64> drawn, std::vec
     unlocked(handle, [&](Sampler& s) { s.load({step, std::move(drawn), std::move(error)}, std::move(loaded)); });
 }
 
+using Needs = std::vector<std::vector<std::pair<std::uint32_t, std::uint32_t>>>;
+
+std::tuple<u64, u64, Needs, u64, std::vector<u64>, std::vector<i64>> scout(const Handle& handle, std::optional<u64> step, std::vector<u64> drawn,
+                                                                           std::vector<i64> error, u64 steps) {
+    std::optional<Cursor> from;
+    if (step) {
+        if (drawn.size() != handle.core().domain_count() || error.size() != drawn.size())
+            throw ConfigError("the cursor does not fit the sampler's domains");
+        from = Cursor{*step, std::move(drawn), std::move(error)};
+    }
+    Scouted found = unlocked(handle, [&](Sampler& s) { return s.scout(std::move(from), steps); });
+    return {found.plan, found.first, std::move(found.shards), found.behind.step, found.behind.drawn, found.behind.error};
+}
+
+void fail(const Handle& handle, const std::string& problem, const std::string& path) {
+    const auto error = path.empty() ? std::make_exception_ptr(VelopathError(problem)) : std::make_exception_ptr(DataError(problem, path));
+    unlocked(handle, [&](Sampler& s) { s.fail(error); });
+}
+
 py::array_t<i64> permute(const py::array_t<i64, py::array::c_style | py::array::forcecast>& items, u64 n, u64 key) {
     const Bijection bijection(n, key);
     py::array_t<i64> out(items.size());
@@ -311,24 +293,11 @@ std::pair<std::vector<std::size_t>, std::vector<i64>> give_rows(const std::vecto
 
 void bind_sampler(py::module_& m) {
     py::register_local_exception_translator(&translate);
-    py::class_<TokenStream, std::shared_ptr<TokenStream>>(m, "TokenStream")
-        .def(py::init([](const std::vector<ShardTuple>& shards, std::optional<std::int32_t> eos) {
-                 return std::const_pointer_cast<TokenStream>(open_stream(shards, eos));
-             }),
-             py::arg("shards"), py::arg("eos"))
-        .def_property_readonly("tokens", &TokenStream::tokens)
-        .def_property_readonly("documents", &TokenStream::documents)
-        .def_property_readonly("lengths", [](const TokenStream& s) { return as_array(s.lengths()); })
-        .def_property_readonly("shard_positions", [](const TokenStream& s) { return as_array(s.shard_positions()); })
-        .def("read", &read_stream, py::arg("position"), py::arg("count"));
-    py::class_<Packing, std::shared_ptr<Packing>>(m, "Packing")
-        .def(py::init(&make_packing), py::arg("starts"), py::arg("pieces"), py::kw_only(), py::arg("width"), py::arg("path"))
-        .def_property_readonly("bins", &Packing::bins);
     py::class_<Handle, std::shared_ptr<Handle>>(m, "Sampler")
         .def(py::init(&open_sampler), py::arg("streams"), py::arg("packings"), py::kw_only(), py::arg("keys"), py::arg("shares"),
              py::arg("seed"), py::arg("rank"), py::arg("world"), py::arg("rows"), py::arg("row_tokens"), py::arg("exhaustion"),
              py::arg("start_step"), py::arg("threads"), py::arg("prefetch"), py::arg("stall_seconds"), py::arg("window"),
-             py::arg("boundaries"), py::arg("padding"), py::arg("allocate"))
+             py::arg("boundaries"), py::arg("padding"), py::arg("staged"), py::arg("allocate"))
         .def("next", &Handle::next)
         .def("close", &Handle::close)
         .def_property_readonly("step", [](const Handle& h) { return unlocked(h, [](Sampler& s) { return s.step(); }); })
@@ -372,6 +341,11 @@ void bind_sampler(py::module_& m) {
                      result.push_back({e.rows, e.tokens, e.epoch_rows, e.unique_tokens});
                  return result;
              })
+        .def("scout", &scout, py::arg("step"), py::arg("drawn"), py::arg("error"), py::arg("steps"))
+        .def("release", [](const Handle& h, u64 until, u64 plan) { return unlocked(h, [=](Sampler& s) { return s.release(until, plan); }); },
+             py::arg("until"), py::arg("plan"))
+        .def("fail", &fail, py::arg("problem"), py::arg("path"))
+        .def_property_readonly("waits", [](const Handle& h) { return unlocked(h, [](Sampler& s) { return s.waits(); }); })
         .def("load", &load_state, py::arg("step"), py::arg("drawn"), py::arg("error"), py::arg("mixes"));
     m.def("windowed_order", &windowed_order, py::arg("tokens"), py::arg("row_tokens"), py::arg("offset"), py::arg("shards"),
           py::arg("window"), py::arg("key"), py::arg("items"));

@@ -28,7 +28,8 @@ Sampler::Sampler(std::vector<Source> sources, std::vector<u64> keys, const Setti
     : sources_(std::move(sources)), settings_(settings),
       planner_(describe(sources_, keys), settings.seed, settings.rows * settings.world, settings.row_tokens,
                settings.exhaustion, settings.window),
-      slots_(ring_size(settings)), handed_(settings.start_step), planned_(settings.start_step) {
+      slots_(ring_size(settings)), handed_(settings.start_step), planned_(settings.start_step),
+      released_(settings.staged ? settings.start_step : ~u64{0}) {
     for (std::size_t k = 0; k < sources_.size(); ++k)
         if (planner_.epoch_rows(k) == 0) throw ConfigError("a domain has fewer tokens than a row");
     for (std::size_t i = 0; i < slots_.size(); ++i) slots_[i].buffer = buffers.at(i);
@@ -71,7 +72,7 @@ const Mix& Sampler::mix_at(u64 step) const {
 }
 
 bool Sampler::can_plan() {
-    return !ended_ && planned_ < handed_ + slots_.size() && slot_of(planned_).state == State::empty;
+    return !ended_ && planned_ < released_ && planned_ < handed_ + slots_.size() && slot_of(planned_).state == State::empty;
 }
 
 void Sampler::plan_one(Slot& slot) {
@@ -209,6 +210,8 @@ std::optional<Handed> Sampler::next(Buffer* spare, const std::function<void()>& 
         if (here && slot.state == State::failed) std::rethrow_exception(slot.error);
         if (here && slot.state == State::ready) break;
         if (ended_ && planned_ == handed_ && !gate_) return std::nullopt;
+        const bool held = handed_ >= released_;
+        if (held && unreleased_) std::rethrow_exception(unreleased_);
         if (settings_.threads == 0 && !gate_ && can_plan()) {
             run_ahead(lock, 1);
             continue;
@@ -223,7 +226,7 @@ std::optional<Handed> Sampler::next(Buffer* spare, const std::function<void()>& 
         const auto now = Clock::now();
         waited += std::min(std::chrono::duration<double>(now - begin).count(), 2 * std::chrono::duration<double>(SLICE).count());
         begin = now;
-        if (done_ != done) done = done_, waited = 0;
+        if (done_ != done || held) done = done_, waited = 0;  // who releases steps watches over its own delays
         if (waited > settings_.stall_seconds)
             throw VelopathError("no reader thread finished a step for " + std::to_string(waited) + " s while waiting for step " +
                                 std::to_string(handed_) + "; is the storage hanging? Calling next again goes on waiting");
@@ -242,6 +245,13 @@ std::optional<Handed> Sampler::next(Buffer* spare, const std::function<void()>& 
     while (mixes_.size() > 1 && mixes_[1].from_step <= cursors_.front().step) mixes_.erase(mixes_.begin());
     if (settings_.threads > 0 && 2 * (planned_ - handed_) <= slots_.size()) space_.notify_one();
     return handed;
+}
+
+// What was scouted of `step` and later ones no longer holds.
+void Sampler::replan_from(u64 step) {
+    ++plan_;
+    unreleased_ = nullptr;
+    if (settings_.staged) released_ = std::min(released_, step);
 }
 
 void Sampler::open_gate(Lock& lock) {
@@ -278,6 +288,7 @@ void Sampler::commit_push(std::vector<u64> shares) {
         while (cursors_.back().step > pushed_step_) cursors_.pop_back();
         planned_ = pushed_step_;
     }
+    replan_from(pushed_step_);
     open_gate(lock);
 }
 
@@ -301,68 +312,6 @@ Cursor Sampler::cursor_at(u64 step) const {
     return cursors_[step - cursors_.front().step];
 }
 
-std::vector<Mix> Sampler::mixes_at(u64 step) const {
-    const Lock lock(mutex_);
-    std::vector<Mix> result{mix_at(step)};
-    for (const Mix& mix : mixes_)
-        if (mix.from_step > step && mix.id > result.front().id) result.push_back(mix);
-    return result;
-}
-
-u64 Sampler::oldest_mix() const {
-    const Lock lock(mutex_);
-    return mixes_.front().id;
-}
-
-std::vector<std::vector<u64>> Sampler::count(u64 steps) const {
-    Lock lock(mutex_);
-    Cursor cursor = cursors_[handed_ - cursors_.front().step];
-    const std::vector<Mix> mixes = mixes_;
-    lock.unlock();
-    std::vector<std::vector<u64>> result;
-    std::vector<Row> rows;
-    for (u64 i = 0; i < steps; ++i) {
-        std::size_t m = mixes.size() - 1;
-        while (m > 0 && mixes[m].from_step > cursor.step) --m;
-        const std::vector<u64> before = cursor.drawn;
-        if (!planner_.draw(cursor, mixes[m].shares, rows)) break;
-        result.push_back(cursor.drawn);
-        for (std::size_t k = 0; k < before.size(); ++k) result.back()[k] -= before[k];
-    }
-    return result;
-}
-
-std::vector<std::pair<Row, Place>> Sampler::rows_at(u64 step) const {
-    Cursor cursor = cursor_at(step);
-    const std::vector<u64> shares = mixes_at(step).front().shares;
-    std::vector<Row> rows;
-    std::vector<std::pair<Row, Place>> result;
-    if (!planner_.draw(cursor, shares, rows)) return result;
-    for (const Row& row : rows) result.emplace_back(row, planner_.place(row));
-    return result;
-}
-
-std::vector<Exposure> Sampler::exposure() const {
-    Lock lock(mutex_);
-    const std::vector<u64> drawn = cursors_[handed_ - cursors_.front().step].drawn;
-    lock.unlock();
-    std::vector<Exposure> result;
-    for (std::size_t k = 0; k < drawn.size(); ++k) {
-        const u64 rows = planner_.epoch_rows(k), epochs = drawn[k] / rows, most = settings_.row_tokens;
-        if (!sources_[k].packing) {
-            result.push_back({drawn[k], drawn[k] * most, rows, std::min(drawn[k], rows) * most});
-            continue;
-        }
-        const Packing& packing = *sources_[k].packing;
-        u64 epoch_tokens = 0, tokens = 0;
-        for (u64 b = 0; b < rows && epochs > 0; ++b) epoch_tokens += packing.tokens(b) - 1;
-        for (u64 i = epochs * rows; i < drawn[k]; ++i)
-            tokens += packing.tokens(planner_.place({static_cast<std::uint32_t>(k), i}).position) - 1;
-        result.push_back({drawn[k], epochs * epoch_tokens + tokens, rows, epochs > 0 ? epoch_tokens : tokens});
-    }
-    return result;
-}
-
 void Sampler::load(Cursor cursor, std::vector<Mix> mixes) {
     Lock lock(mutex_);
     check_open();
@@ -371,6 +320,7 @@ void Sampler::load(Cursor cursor, std::vector<Mix> mixes) {
     handed_ = planned_ = cursor.step;
     cursors_.assign(1, std::move(cursor));
     mixes_ = std::move(mixes);
+    replan_from(handed_);
     open_gate(lock);
 }
 

@@ -45,6 +45,7 @@ struct Settings {
     u64 window = 0;  // shards of a window of the order, 0: the order is over the whole domain
     bool boundaries = false;
     std::int32_t padding = 0;  // token behind the documents of a bin
+    bool staged = false;       // no step is planned before release() names it: its shards may have to be fetched first
 };
 
 // A step of this rank, its tokens in `buffer`.
@@ -60,6 +61,14 @@ struct Handed {
 // What was read of a domain: the tokens that are labels of a row, those of them that differ.
 struct Exposure {
     u64 rows, tokens, epoch_rows, unique_tokens;
+};
+
+// Which shards this rank reads in the steps [first, first + shards.size()), of streams whose shards are attached, and the
+// cursor behind them. `plan` changes with every push and load.
+struct Scouted {
+    u64 plan = 0, first = 0;
+    std::vector<std::vector<std::pair<std::uint32_t, std::uint32_t>>> shards;  // (domain, shard) of each step, sorted
+    Cursor behind;
 };
 
 class Sampler {
@@ -89,6 +98,14 @@ public:
 
     std::vector<std::pair<Row, Place>> rows_at(u64 step) const;  // of all ranks; steps as for cursor_at
     std::vector<Exposure> exposure() const;  // before the next step; of bins counted one by one
+
+    // Of a staged sampler. scout looks up to `steps` steps ahead from `from` on, or from the next step; fewer where the
+    // stream ends. release lets the steps before `until` be planned, unless the plan is no longer `plan` (false). fail is
+    // what next() throws while the next step is not released, null: nothing.
+    Scouted scout(std::optional<Cursor> from, u64 steps) const;
+    bool release(u64 until, u64 plan);
+    void fail(std::exception_ptr error);
+    bool waits() const;  // for release: the next step is not released
 
     // Continues at `cursor`; `mixes` as from mixes_at. Everything assembled is dropped.
     void load(Cursor cursor, std::vector<Mix> mixes);
@@ -121,6 +138,7 @@ private:
     void wait_briefly(Lock& lock) const;
     void check_open() const;
     void open_gate(Lock& lock);
+    void replan_from(u64 step);
     const Mix& mix_at(u64 step) const;
     Slot& slot_of(u64 step) { return slots_[step % slots_.size()]; }
 
@@ -143,6 +161,9 @@ private:
     bool stopping_ = false;
     u64 living_ = 0;                  // threads that have not ended
     u64 pushed_step_ = 0;
+    u64 released_;                    // steps before it may be planned
+    u64 plan_ = 0;                    // how often the plan was changed
+    std::exception_ptr unreleased_;   // why the next step is not released
     std::exception_ptr fatal_;
     std::vector<std::thread> threads_;
 };

@@ -74,7 +74,8 @@ std::optional<Type> type_of_code(unsigned code) {
     return integer ? std::optional<Type>(static_cast<Type>(code)) : std::nullopt;
 }
 
-Shard::Shard(ShardSpec spec) : spec_(std::move(spec)) {
+Shard::Shard(ShardSpec spec, std::string file_path)
+    : spec_(std::move(spec)), file_(file_path.empty() ? spec_.path : std::move(file_path)) {
     if (spec_.columns.size() != spec_.column_bytes.size() || spec_.token_column >= spec_.columns.size())
         throw DataError("columns and their sizes do not fit each other", spec_.path);
     if ((spec_.encoding.plain || spec_.encoding.length) && !spec_.encoding.type)
@@ -90,7 +91,7 @@ Shard::Shard(ShardSpec spec) : spec_(std::move(spec)) {
     lean_ = others_fixed && spec_.encoding.type.has_value();
     while (spec_.encoding.type && (std::uint64_t{1} << shift_) < width(*spec_.encoding.type)) ++shift_;
 
-    const int file = ::open(spec_.path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int file = ::open(file_.c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) throw DataError(std::string("cannot open the shard: ") + std::strerror(errno), spec_.path);
     struct stat info {};
     const bool known = ::fstat(file, &info) == 0 && S_ISREG(info.st_mode);
@@ -117,7 +118,7 @@ Shard::Shard(ShardSpec spec) : spec_(std::move(spec)) {
 }
 
 Shard::Shard(Shard&& other) noexcept
-    : spec_(std::move(other.spec_)), lean_(other.lean_), shift_(other.shift_), overhead_(other.overhead_),
+    : spec_(std::move(other.spec_)), file_(std::move(other.file_)), lean_(other.lean_), shift_(other.shift_), overhead_(other.overhead_),
       samples_(other.samples_), data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_),
       device_(other.device_), inode_(other.inode_) {}
 
@@ -147,7 +148,7 @@ void Shard::check_whole() const {
     const std::int64_t now = std::chrono::steady_clock::now().time_since_epoch().count();
     if (now - checked_ns_.load(std::memory_order_relaxed) < CHECK_NS) return;
     struct stat info {};
-    const bool same = ::stat(spec_.path.c_str(), &info) == 0 && static_cast<std::uint64_t>(info.st_dev) == device_ &&
+    const bool same = ::stat(file_.c_str(), &info) == 0 && static_cast<std::uint64_t>(info.st_dev) == device_ &&
                       static_cast<std::uint64_t>(info.st_ino) == inode_;
     if (same && static_cast<std::uint64_t>(info.st_size) < bytes_)
         throw DataError("the shard was cut to " + std::to_string(info.st_size) + " bytes while it was in use, index.json says " +

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace velopath {
@@ -43,7 +44,8 @@ struct Document {
 
 class Shard {
 public:
-    explicit Shard(ShardSpec spec);  // throws DataError
+    explicit Shard(ShardSpec spec) : Shard(std::move(spec), {}) {}  // throws DataError
+    Shard(ShardSpec spec, std::string file);  // maps `file`; errors name spec.path
     Shard(Shard&& other) noexcept;
     Shard(const Shard&) = delete;
     Shard& operator=(const Shard&) = delete;
@@ -97,6 +99,7 @@ private:
     void check_table() const;
 
     ShardSpec spec_;
+    std::string file_;
     bool lean_ = false;           // tokens() needs the offset table only
     unsigned shift_ = 0;          // log2 of the bytes of a token, where the encoding has the type
     std::uint64_t overhead_ = 0;  // bytes of a sample that are not the token column, where lean

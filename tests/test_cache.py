@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from velopath.cache import default_cache, raw_path
+from velopath.cache import default_cache, parse_size, raw_path
 from velopath.durable import locked, write_durably
 from velopath.errors import ConfigError, DataError
 from velopath.mds import MdsWriter, ShardEntry, load_index
@@ -173,7 +173,10 @@ def test_many_processes_share_it(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert paths == {str(raw_path(entry, tmp_path / "cache", verify=True))}
-    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".lock", ".mds"]
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir() if p.name != "marks.lock") == [
+        ".lock",
+        ".mds",
+    ]
 
 
 def test_lock_is_held_against_others_and_freed(tmp_path: Path) -> None:
@@ -191,3 +194,11 @@ def test_durable_write_keeps_the_old_file(tmp_path: Path) -> None:
         write_durably(path, "text")  # type: ignore[arg-type]
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_sizes() -> None:
+    given = {"50GB": 50 * 10**9, "1.5 tb": 1500 * 10**9, "512MiB": 512 << 20, "4096": 4096, 7: 7, "2k": 2000}
+    assert {text: parse_size(text) for text in given} == given
+    for wrong in ("", "GB", "-1", "0", "5 parsecs", "1e9"):
+        with pytest.raises(ConfigError, match="cache_limit is .*expected a size such as 50GB"):
+            parse_size(wrong)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "engine" / "velopath"
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("errors", "domains", "config", "config_change"),
+    0: ("errors", "urls", "domains", "config", "config_change"),
     1: (
         "shares",
         "rule_state",
@@ -34,7 +34,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "_core",
         "durable",
         "mds",
+        "remote",
         "cache",
+        "token_counts",
         "audit",
         "stream",
         "stream_state",

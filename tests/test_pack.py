@@ -280,7 +280,7 @@ def test_bins_of_other_documents_are_refused(root):
     core = _core.Sampler(
         [other.stream], [bins.packing], keys=[0], shares=[1 << 32], seed=0, rank=0, world=1, rows=1, row_tokens=32,
         exhaustion="repeat", start_step=0, threads=0, prefetch=1, stall_seconds=5, window=0, boundaries=False,
-        padding=0, allocate=lambda shape: np.empty(shape, np.int32),
+        padding=0, staged=False, allocate=lambda shape: np.empty(shape, np.int32),
     )  # fmt: skip
     with pytest.raises(DataError, match="the bins are of other data, remove their file"):
         for _ in range(bins.rows):

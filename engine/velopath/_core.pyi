@@ -13,7 +13,13 @@ _Mix = tuple[int, int, Sequence[int]]  # id, first step, shares summing to 2^32
 class TokenStream:
     """The documents of one domain as one circular stream of tokens, each followed by `eos` if that is given."""
 
-    def __init__(self, shards: Sequence[_Shard], eos: int | None) -> None: ...
+    def __init__(
+        self, shards: Sequence[_Shard], eos: int | None, counts: Sequence[int] | None = None
+    ) -> None:
+        """Maps and counts every shard; with `counts`, the tokens stored in each, none is mapped before `attach`."""
+
+    def attach(self, shard: int, file: str) -> None: ...
+    def detach(self, shard: int) -> None: ...
     @property
     def tokens(self) -> int: ...
     @property
@@ -60,6 +66,7 @@ class Sampler:
         window: int,
         boundaries: bool,
         padding: int,
+        staged: bool,
         allocate: Callable[[tuple[int, int]], NDArray[np.int32]],
     ) -> None: ...
     def next(
@@ -99,6 +106,22 @@ class Sampler:
 
     def exposure(self) -> list[tuple[int, int, int, int]]:
         """Rows drawn, tokens, rows of an epoch and unique tokens of every domain before the next step."""
+
+    def scout(
+        self, step: int | None, drawn: Sequence[int], error: Sequence[int], steps: int
+    ) -> tuple[int, int, list[list[tuple[int, int]]], int, list[int], list[int]]:
+        """Id of the plan; first step; (domain, shard) that each step from there on needs of attachable streams; the
+        cursor behind them. From the next step where `step` is None, else from that cursor."""
+
+    def release(self, until: int, plan: int) -> bool:
+        """Of a staged sampler: let the steps before `until` be planned; False where the plan is another by now."""
+
+    def fail(self, problem: str, path: str) -> None:
+        """What `next` raises while the next step is not released: a `DataError`, without a path a `VelopathError`."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next step is not released."""
 
     def load(self, step: int, drawn: Sequence[int], error: Sequence[int], mixes: Sequence[_Mix]) -> None: ...
 

@@ -1,19 +1,51 @@
-"""Cache of inflated shards: zstd files are inflated once, checked, and kept as raw files that can be mapped."""
+"""Cache of raw shards: fetched where they are remote, inflated where they are zstd, checked, and kept to be mapped.
+
+Processes of a node share one folder. A lock per shard lets one of them fill it; whoever uses a shard holds a mark,
+which the kernel takes back when its process dies, and no shard with a mark is evicted. What is unfinished never has a
+shard's name. Shards are evicted where a limit asks for it, the least recently used first.
+"""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
-from collections.abc import Mapping
+import re
+import struct
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 
 import xxhash
 
-from velopath.durable import TEMPORARY, durable, locked, make_folder
+from velopath import remote
+from velopath.durable import TEMPORARY, durable, locked, make_folder, write_durably, write_error
 from velopath.errors import ConfigError, DataError, WriteError
-from velopath.mds.format import ShardEntry, compare_hash, hasher
-from velopath.mds.inflate import inflate
+from velopath.mds.format import ShardEntry, check_hashes, compare_hash, hasher
+from velopath.mds.inflate import inflate, inflate_bytes
+from velopath.remote import DEFAULT_POLICY, FetchError, FetchPolicy
+from velopath.urls import is_url, last_name, redact
 
+try:
+    import fcntl
+
+    _SET, _WAIT = fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW
+except (
+    ImportError,
+    AttributeError,
+):  # not on Linux: nothing shows what others use, so nothing may be evicted
+    fcntl = None  # type: ignore[assignment]
+_CAN_MARK = fcntl is not None
+
+logger = logging.getLogger("velopath.cache")
 _BLOCK_BYTES = 1 << 20
+_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B?\s*\Z", re.I)
 
 
 def default_cache() -> Path:
@@ -24,44 +56,247 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "velopath"
 
 
-def raw_path(entry: ShardEntry, cache_dir: str | Path | None = None, *, verify: bool = False) -> Path:
-    """Path of the shard's raw file: the file itself, or the zstd shard inflated into the cache.
+def parse_size(text: str | int) -> int:
+    """Bytes of "50GB", "1.5 TB", "512MiB" or a plain number. Raises `ConfigError`."""
+    match = _SIZE.match(str(text))
+    size = 0
+    if match is not None:
+        unit = 1024 ** " KMGT".index(match[2].upper()) if match[3] and match[2] else _UNITS[match[2].upper()]
+        size = int(float(match[1]) * unit)
+    if match is None or size < 1:
+        raise ConfigError(f"cache_limit is {text!r}; expected a size such as 50GB or 512MiB")
+    return size
 
-    A zstd shard is inflated by the first process that asks and checked on the way: size and hashes of both
-    the zstd file and the raw bytes. A raw file, and one found in the cache, is checked for its size only;
-    `verify=True` hashes it too. A file of the cache that does not pass is inflated again. Raises `DataError` naming
-    the file when it is missing, does not fit its index or is damaged, `WriteError` when the cache cannot be written;
-    nothing stays in the cache then.
+
+class Cache:
+    """One process's view of a cache folder; threads may share it. Made when it is first filled.
+
+    `limit` in bytes bounds all shards in the folder, those of other processes too; None: no bound. `fetched` and
+    `fetched_bytes` count what this object fetched from remote places. `stop`, once set, ends fetches early.
     """
-    if entry.path.is_file():
-        _check_size(entry.path, entry.raw_bytes)
-        if verify:
-            check_file(entry.path, entry.raw_hashes)
-        return entry.path
-    zip_path = entry.zip_path
-    if zip_path is None or not zip_path.is_file():
-        raise DataError(
-            "the shard is missing; fetch it or remove it from index.json", path=zip_path or entry.path
-        )
-    folder = Path(cache_dir) if cache_dir is not None else default_cache()
-    target = folder / f"{_key(entry, zip_path)}.mds"
-    if not _is_whole(target, entry, verify):
+
+    def __init__(
+        self, folder: str | Path | None = None, limit: int | None = None, policy: FetchPolicy = DEFAULT_POLICY
+    ) -> None:
+        if limit is not None and not _CAN_MARK:
+            raise ConfigError("a cache limit needs Linux, where processes can see what others use")
+        self.folder = Path(folder) if folder is not None else default_cache()
+        self.limit, self.policy = limit, policy
+        self.fetched = self.fetched_bytes = 0
+        self.stop = threading.Event()
+        self._marks: Counter[str] = Counter()
+        self._marks_file: int | None = None
+        self._closed: weakref.finalize[[int], Cache] | None = None
+        self._lock = threading.Lock()
+
+    def hold(self, entry: ShardEntry, *, verify: bool = False) -> Path:
+        """Path of the shard's raw file, which is not evicted before `release`; `release` it as often as held.
+
+        A raw shard of a local folder is its own file and needs no mark. Else the shard is fetched or inflated by the
+        first process that asks, and checked on the way: size and hashes of both the zstd file and the raw bytes.
+        A raw file, and one found in the cache, is checked for its size only; `verify=True` hashes it too. A file of the
+        cache that does not pass is made again, a remote shard with a wrong hash fetched once more. Raises `DataError`
+        naming the file or URL when it is missing, does not fit its index or is damaged, `WriteError` when the cache
+        cannot be written; nothing stays in the cache then.
+        """
+        if entry.url is None:
+            if entry.path.is_file():
+                _check_size(entry.path, entry.raw_bytes)
+                if verify:
+                    check_file(entry.path, entry.raw_hashes)
+                return entry.path
+            if entry.zip_path is None or not entry.zip_path.is_file():
+                raise DataError(
+                    "the shard is missing; fetch it or remove it from index.json",
+                    path=entry.zip_path or entry.path,
+                )
+        self._make()
+        target = self._target(entry)
+        self._mark(target.stem)
         try:
-            make_folder(folder)
+            self._fill(target, entry, verify)
+            with suppress(OSError):
+                os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))  # when it was last used
+        except BaseException:
+            self._unmark(target.stem)
+            raise
+        return target
+
+    def release(self, entry: ShardEntry) -> None:
+        """Give back a shard that was held: it may be evicted from now on."""
+        if entry.url is not None or not entry.path.is_file():
+            self._unmark(self._target(entry).stem)
+
+    @contextmanager
+    def held(self, entry: ShardEntry, *, verify: bool = False) -> Iterator[Path]:
+        """The shard's raw file while the block runs."""
+        path = self.hold(entry, verify=verify)
+        try:
+            yield path
+        finally:
+            self.release(entry)
+
+    def has_room(self, size: int) -> bool:
+        """Whether `size` bytes more fit the limit, once what nobody uses is evicted; evicts it."""
+        if self.limit is None:
+            return True
+        self._make()
+        with locked(self.folder / "evict.lock"):
+            return self._evict(size)
+
+    def close(self) -> None:
+        """Give back every mark."""
+        with self._lock:
+            self._marks.clear()
+            if self._closed is not None:
+                self._closed()
+                self._marks_file = self._closed = None
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- filling
+
+    def _make(self) -> None:
+        try:
+            make_folder(self.folder)
         except WriteError as error:
             raise ConfigError(
-                f"the cache {folder} cannot be made ({error.problem.split(';')[0]}); choose one by VELOPATH_CACHE"
+                f"the cache {self.folder} cannot be made ({error.problem.split(';')[0]}); choose one by VELOPATH_CACHE"
             ) from error
+
+    def _target(self, entry: ShardEntry) -> Path:
+        return self.folder / f"{_key(entry)}.mds"
+
+    def _fill(self, target: Path, entry: ShardEntry, verify: bool) -> None:
+        """Put the shard into the cache, unless it is there, whole."""
+        if _is_whole(target, entry, verify):
+            return
         with locked(target.with_suffix(".lock")):
-            if not _is_whole(
-                target, entry, verify
-            ):  # another process may have filled it while this one waited
-                for leftover in folder.glob(f"{target.name}.*{TEMPORARY}"):
-                    leftover.unlink(missing_ok=True)
-                with durable(target) as file:
-                    for block in inflate(entry):
-                        file.write(block)
-    return target
+            if _is_whole(target, entry, verify):  # another process may have filled it while this one waited
+                return
+            for leftover in self.folder.glob(f"{target.name}.*{TEMPORARY}"):
+                leftover.unlink(missing_ok=True)
+            try:
+                self._write(target, entry)
+            except DataError as error:
+                if entry.url is None or isinstance(error, FetchError) or error.path != entry.place:
+                    raise
+                logger.warning("%s; fetching it once more", error)
+                self._write(target, entry)
+
+    def _write(self, target: Path, entry: ShardEntry) -> None:
+        with durable(target) as file:
+            if self.limit is not None:
+                with locked(self.folder / "evict.lock"):  # what is being written counts from here on
+                    if not self._evict(entry.raw_bytes):
+                        logger.warning(
+                            "the cache %s passes its limit of %d bytes: all else in it is in use",
+                            self.folder, self.limit,
+                        )  # fmt: skip
+                    file.truncate(entry.raw_bytes)
+            for block in self._blocks(entry):
+                file.write(block)
+
+    def _blocks(self, entry: ShardEntry) -> Iterable[bytes]:
+        if entry.url is None:
+            return inflate(entry)
+        size = entry.raw_bytes if entry.zip_path is None else entry.zip_bytes
+        content = remote.read(entry.url, size=size, policy=self.policy, stop=self.stop)
+        with self._lock:
+            self.fetched += 1
+            self.fetched_bytes += len(content)
+        if entry.zip_path is not None:
+            return inflate_bytes(content, entry)
+        check_hashes(content, entry.raw_hashes, entry.place)
+        return (content,)
+
+    # -- marks and eviction
+
+    def _open_marks(self) -> int:
+        path = self.folder / "marks.lock"
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise write_error(error, path) from error
+
+    def _mark(self, key: str) -> None:
+        if not _CAN_MARK:
+            return
+        with self._lock:
+            if self._marks_file is None:
+                self._marks_file = self._open_marks()
+                self._closed = weakref.finalize(self, os.close, self._marks_file)
+            if not self._marks[key]:
+                _lock_byte(self._marks_file, fcntl.F_RDLCK, key, _WAIT)
+            self._marks[key] += 1
+
+    def _unmark(self, key: str) -> None:
+        with self._lock:
+            if self._marks_file is None or not self._marks[key]:
+                return
+            self._marks[key] -= 1
+            if not self._marks[key]:
+                del self._marks[key]
+                _lock_byte(self._marks_file, fcntl.F_UNLCK, key, _SET)
+
+    def _evict(self, size: int) -> bool:
+        """Remove unused shards until `size` bytes more fit the limit; whether they do. Holds evict.lock."""
+        assert self.limit is not None
+        found, total = [], 0
+        with os.scandir(self.folder) as entries:
+            for item in entries:
+                if not item.name.endswith(".mds") and not (
+                    item.name.endswith(TEMPORARY) and ".mds." in item.name
+                ):
+                    continue
+                with suppress(FileNotFoundError):
+                    info = item.stat()
+                    total += info.st_size
+                    found.append((info.st_atime_ns, info.st_size, item.name))
+        if total + size <= self.limit:
+            return True
+        marks = self._open_marks()
+        try:
+            for _, bytes_, name in sorted(found):
+                if total + size <= self.limit:
+                    break
+                removed = self._drop_leftover(name) if name.endswith(TEMPORARY) else self._drop(name, marks)
+                total -= bytes_ * removed
+        finally:
+            os.close(marks)
+        return total + size <= self.limit
+
+    def _drop(self, name: str, marks: int) -> bool:
+        key = name.removesuffix(".mds")
+        try:
+            _lock_byte(marks, fcntl.F_WRLCK, key, _SET)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise
+        (self.folder / name).unlink(missing_ok=True)
+        _lock_byte(marks, fcntl.F_UNLCK, key, _SET)
+        return True
+
+    def _drop_leftover(self, name: str) -> bool:
+        """Remove what a killed process was writing; its lock is free."""
+        lock = (self.folder / name.split(".mds", 1)[0]).with_suffix(".lock")
+        with locked(lock, wait=False) as free:
+            if free:
+                (self.folder / name).unlink(missing_ok=True)
+        return free
+
+
+def raw_path(entry: ShardEntry, cache_dir: str | Path | None = None, *, verify: bool = False) -> Path:
+    """Path of the shard's raw file, as `Cache.hold` finds it, without a mark: for a cache that nobody evicts from."""
+    with Cache(cache_dir) as cache:
+        return cache.hold(entry, verify=verify)
 
 
 def check_file(path: Path, expected: Mapping[str, str]) -> None:
@@ -95,12 +330,37 @@ def _is_whole(target: Path, entry: ShardEntry, verify: bool) -> bool:
     return True
 
 
-def _key(entry: ShardEntry, zip_path: Path) -> str:
-    """Name of the shard in the cache: other content under the same path gets another name."""
-    parts = [str(zip_path.resolve()), str(entry.raw_bytes), str(entry.zip_bytes)]
+def _key(entry: ShardEntry) -> str:
+    """Name of the shard in the cache: other content under the same path gets another name.
+
+    Of a remote shard without any hash, only sizes and the number of samples can tell other content.
+    """
+    place = entry.place if entry.url is not None else str((entry.zip_path or entry.path).resolve())
+    parts = [place, str(entry.raw_bytes), str(entry.zip_bytes)]
     parts += [
         f"{k}={v}" for hashes in (entry.raw_hashes, entry.zip_hashes) for k, v in sorted(hashes.items())
     ]
     if not entry.raw_hashes and not entry.zip_hashes:
-        parts.append(str(zip_path.stat().st_mtime_ns))
+        here = entry.url is None and entry.zip_path is not None
+        parts.append(str(entry.zip_path.stat().st_mtime_ns if here and entry.zip_path else entry.samples))
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
+
+
+def _lock_byte(file: int, kind: int, key: str, command: int) -> None:
+    """Lock or free the one byte of the file that stands for the shard `key`, for this open file alone."""
+    at = xxhash.xxh3_64_intdigest(key.encode()) >> 2
+    fcntl.fcntl(file, command, struct.pack("hhqqi4x", kind, os.SEEK_SET, at, 1, 0))
+
+
+def local_copy(place: str | Path, cache: str | Path | None = None) -> Path | None:
+    """The small file at a path or URL as a local one, fetched anew into the cache folder; None where it is missing."""
+    if not isinstance(place, str) or not is_url(place):
+        return Path(place) if Path(place).is_file() else None
+    content = remote.read_if_there(place)
+    if content is None:
+        return None
+    folder = Path(cache) if cache is not None else default_cache()
+    make_folder(folder)
+    path = folder / f"{xxhash.xxh3_64_hexdigest(redact(place).encode())}.{last_name(place)}"
+    write_durably(path, content)
+    return path

@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from velopath.config_paths import absolute_paths
 from velopath.errors import ConfigError
+from velopath.urls import is_url, redact
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 1 << 20, 50
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -32,7 +34,9 @@ Section = TypeVar("Section", bound=_Tree)
 class SliceConfig(_Tree):
     """One version's new data: a prepared folder and the steps of the main path that read it."""
 
-    root: str = Field(description="prepared data folder (see `velopath prepare`)")
+    root: str = Field(
+        description="prepared data (see `velopath prepare`): a folder, or its URL (s3://, https:// ...)"
+    )
     steps: PositiveInt = Field(description="T_i: optimiser steps of the main path on this slice")
     weights: dict[str, float] | None = Field(
         None, description="initial shares; null: the slice's token shares"
@@ -48,7 +52,7 @@ class DataConfig(_Tree):
 
     slices: dict[str, SliceConfig] = Field(min_length=1, description="name -> slice, in reading order")
     heldout: str | None = Field(
-        None, description="prepared folder whose held-out split is used; null: first slice"
+        None, description="prepared folder or URL whose held-out split is used; null: first slice"
     )
     exhaustion: Literal["repeat", "renormalise", "stop"] = "repeat"
     on_bad_shard: Literal["fail", "quarantine"] = Field(
@@ -58,11 +62,24 @@ class DataConfig(_Tree):
     packing: Literal["concat", "best_fit"] = Field(
         "concat", description="rows are parts of the joined documents, or hold whole ones and padding"
     )
-    order: Literal["full", "windowed"] = Field(
-        "full", description="rows shuffled over the whole domain, or within windows of shards"
+    order: Literal["full", "windowed"] | None = Field(
+        None,
+        description="rows shuffled over the whole domain, or within windows of shards; null: windowed where the "
+        "data are remote, else full",
     )
     window: PositiveInt = Field(8, description="shards read at a time where the order is windowed")
-    cache: str | None = Field(None, description="folder for inflated shards; null: ~/.cache/velopath")
+    cache: str | None = Field(
+        None, description="folder for inflated and fetched shards; null: ~/.cache/velopath"
+    )
+    cache_limit: str | None = Field(
+        None, description="largest size of that folder, such as 50GB; unused shards are evicted; null: none"
+    )
+    fetch_attempts: PositiveInt = Field(
+        5, description="how often a remote shard is tried, with growing pauses"
+    )
+    fetch_stall_seconds: Annotated[float, Field(gt=0)] = Field(
+        10.0, description="an attempt ends where no byte comes for so long"
+    )
 
     @model_validator(mode="after")
     def _replay_reads_earlier_slices(self) -> DataConfig:
@@ -274,14 +291,23 @@ class RunConfig(_Tree):
     @property
     def hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the resolved tree as canonical JSON."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self.shown(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def shown(self) -> dict[str, Any]:
+        """The whole resolved tree as plain values, without the credentials that URLs may hold."""
+        tree: dict[str, Any] = self.model_dump(mode="json")
+        data = tree["data"]
+        for entry in data["slices"].values():
+            entry["root"] = redact(entry["root"]) if is_url(entry["root"]) else entry["root"]
+        data["heldout"] = redact(data["heldout"]) if is_url(data["heldout"]) else data["heldout"]
+        return tree
+
     def to_yaml(self) -> str:
-        """The whole resolved tree as YAML; `load_config` reads it back."""
+        """`shown` as YAML; `load_config` reads it back."""
         import yaml
 
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        return str(yaml.safe_dump(self.shown(), sort_keys=False, allow_unicode=True))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -309,7 +335,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(plain, dict)
-    return validate_config(_absolute_paths(plain, path.parent), where=str(path))
+    return validate_config(absolute_paths(plain, path.parent), where=str(path))
 
 
 def validate_config(tree: dict[Any, Any], where: str = "config") -> RunConfig:
@@ -365,26 +391,3 @@ def _checked(overrides: Sequence[str]) -> Sequence[str]:
         if "=" not in text or text.startswith("="):
             raise ConfigError(f"override {text!r} is not of the form a.b=c")
     return overrides
-
-
-def _absolute_paths(tree: dict[Any, Any], base: Path) -> dict[Any, Any]:
-    """Anchor path-valued settings at the config file's folder, so that no run depends on the cwd."""
-
-    def anchor(node: Any, key: str) -> None:
-        if isinstance(node, dict) and isinstance(node.get(key), str):
-            try:
-                node[key] = str((base / Path(node[key]).expanduser()).resolve())
-            except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, an unknown ~user
-                raise ConfigError(f"{key} is {node[key][:80]!r}; expected a path ({error})") from error
-
-    data = tree.get("data")
-    if isinstance(data, dict):
-        anchor(data, "heldout")
-        anchor(data, "cache")
-        slices = data.get("slices")
-        for entry in slices.values() if isinstance(slices, dict) else ():
-            anchor(entry, "root")
-    anchor(tree.get("model"), "hf")
-    anchor(tree.get("control"), "targets")
-    anchor(tree.get("control"), "plugin")
-    return tree

@@ -14,6 +14,9 @@ FREE = (
     "title",
     "alarms",
     "data.cache",
+    "data.cache_limit",
+    "data.fetch_attempts",
+    "data.fetch_stall_seconds",
     "data.on_bad_shard",
     "control.shadow",
     "evaluate",
@@ -36,7 +39,7 @@ def check_unchanged(recorded: RunConfig, given: RunConfig, where: Path, world: i
 
     Allowed: the settings in `FREE`, and slices behind the recorded ones. Both are as for `world` ranks.
     """
-    old, new = recorded.model_dump(mode="json"), given.model_dump(mode="json")
+    old, new = recorded.shown(), given.shown()
     names, given_names = list(old["data"]["slices"]), list(new["data"]["slices"])
     lines = []
     if given_names[: len(names)] == names:

@@ -24,8 +24,9 @@ from velopath.errors import ConfigError, DataError
 from velopath.loss import linear_domain_cross_entropy
 from velopath.mds import read_documents
 from velopath.model import bare
-from velopath.tensor_files import read_json
+from velopath.stream_data import heldout_names, read_table
 from velopath.train_step import IGNORED
+from velopath.urls import below, redact
 
 Tokens = NDArray[np.uint16] | NDArray[np.int32]
 
@@ -95,9 +96,8 @@ class HeldOut:
         Documents are joined by the end-of-text token of `root`/domains.json, where it has one. Raises `DataError`
         on a domain without a hold-out and on ids that are no int32.
         """
-        root = Path(root)
-        folder = root / "heldout"
-        found = sorted(p.parent.name for p in folder.glob("*/index.json"))
+        folder = redact(str(below(root, "heldout")))
+        found = heldout_names(root)
         if not found:
             raise DataError(
                 "holds no domain with an index.json; run velopath prepare with a held-out share", path=folder
@@ -108,8 +108,8 @@ class HeldOut:
                 f"no hold-out for domain {missing[0]!r}; there are {', '.join(found)}", path=folder
             )
         chosen = tuple(names) if names is not None else tuple(found)
-        eos = _end_of_text(root / "domains.json")
-        streams, starts = zip(*(_stream(folder / name, eos) for name in chosen), strict=True)
+        eos = _end_of_text(root)
+        streams, starts = zip(*(_stream(below(root, "heldout", name), eos) for name in chosen), strict=True)
         return cls(chosen, streams, row_tokens, seed, starts)
 
     def chunks(self, name: str) -> int:
@@ -228,7 +228,7 @@ def _order(count: int, seed: int, name: str, rotation: int) -> NDArray[np.int64]
     return np.argsort(raw, kind="stable")
 
 
-def _stream(folder: Path, eos: int | None) -> tuple[Tokens, NDArray[np.int64]]:
+def _stream(folder: str | Path, eos: int | None) -> tuple[Tokens, NDArray[np.int64]]:
     """The joined documents, and where each begins; an end-of-text token belongs to the document that it ends."""
     starts, length = [], 0
     parts: list[NDArray[np.integer[Any]]] = []
@@ -242,18 +242,16 @@ def _stream(folder: Path, eos: int | None) -> tuple[Tokens, NDArray[np.int64]]:
     stream = np.concatenate(parts) if parts else np.zeros(0, np.uint16)
     low, high = (int(stream.min()), int(stream.max())) if len(stream) else (0, 0)
     if low < 0 or high >= 1 << 31:
-        raise DataError(f"token ids from {low} to {high}; expected 0 to 2^31 - 1", path=folder)
+        raise DataError(f"token ids from {low} to {high}; expected 0 to 2^31 - 1", path=redact(str(folder)))
     narrow: Tokens = stream.astype(np.uint16) if high < 1 << 16 else stream.astype(np.int32)
     return narrow, np.array(starts, np.int64)
 
 
-def _end_of_text(path: Path) -> int | None:
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    eos = content.get("eos") if isinstance(content, dict) else None
+def _end_of_text(root: str | Path) -> int | None:
+    eos = (read_table(root) or {}).get("eos")
     if eos is not None and (isinstance(eos, bool) or not isinstance(eos, int) or eos < 0):
-        raise DataError(f"eos is {eos!r}; expected a token id or null", path=path, field="eos")
+        place = redact(str(below(root, "domains.json")))
+        raise DataError(f"eos is {eos!r}; expected a token id or null", path=place, field="eos")
     return eos
 
 

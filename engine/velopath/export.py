@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from velopath.cache import local_copy
 from velopath.checkpoint import load_checkpoint, step_folder
 from velopath.domains import DomainLoss
 from velopath.errors import ConfigError
@@ -15,6 +16,7 @@ from velopath.model import Decoder
 from velopath.model_card import model_card
 from velopath.run import MAIN, Run
 from velopath.runlineage import ORIGIN, read_lineage, record_export
+from velopath.urls import below
 
 
 def export_version(run: Run, name: str, out: Path | None = None) -> Path:
@@ -30,14 +32,14 @@ def export_version(run: Run, name: str, out: Path | None = None) -> Path:
     decoder = run.new_model()
     checkpoint.restore(decoder)
     root = run.data_root
-    tokenizer = root / "tokenizer.json"
+    tokenizer = local_copy(below(root, "tokenizer.json"), run.config.data.cache)
     lineage = read_lineage(run.folder)
     version = next((v for v in lineage.versions if v.name == name), None)
     if run.dist.is_main:
         save_hf(
             folder,
             decoder,
-            tokenizer_file=tokenizer if tokenizer.exists() else None,
+            tokenizer_file=tokenizer,
             eos=run.prepared.get("eos"),
             model_card=model_card(run, name, version),
             extra={ORIGIN: _origin(run, name, checkpoint.state)},

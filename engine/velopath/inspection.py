@@ -3,7 +3,6 @@ whether all of it is sound."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -13,10 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from velopath.cache import local_copy
 from velopath.errors import ConfigError, DataError
 from velopath.inspection_separation import Separation, TokenUse, document_hashes, separate, token_use
 from velopath.mds import MdsFolder, ShardEntry, load_index, read_documents, read_shard
+from velopath.remote import has
+from velopath.stream_data import domain_folders, read_table
 from velopath.tokenizer import TextTokenizer, load_tokenizer
+from velopath.urls import below, is_url, last_name, redact
 from velopath.workers import Workers
 
 MEASURED_SHARDS = 8
@@ -69,7 +72,7 @@ class Inspection:
     `separation` is None where fewer than two domains were read; `commonest` are texts of the ids in `token_use`.
     """
 
-    folder: Path
+    folder: str
     dtype: str
     vocab_size: int | None
     eos: int | None
@@ -80,7 +83,7 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain JSON values."""
-        return asdict(self) | {"folder": str(self.folder)}
+        return asdict(self)
 
 
 @dataclass
@@ -100,7 +103,7 @@ def inspect_data(
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Describe a prepared folder, a folder of MDS folders, or one MDS folder.
+    """Describe a prepared folder, a folder of MDS folders, or one MDS folder; of a URL, what is read is fetched.
 
     Lengths, token counts and the separation of domains are those of all train documents with `verify`, else of the
     first `MEASURED_SHARDS` shards of a domain.
@@ -110,7 +113,7 @@ def inspect_data(
 
     Raises `DataError` when there is no readable index, `ConfigError` on an unknown `domain`.
     """
-    folder = Path(data)
+    folder = data if is_url(data) else Path(data)
     table = _read_table(folder)
     domains = _find_domains(folder, table)
     if domain is not None and domain not in (d.name for d in domains):
@@ -151,7 +154,7 @@ def inspect_data(
     dtype = table["dtype"] if table else domains[0].train.columns.encodings[0]
     eos = table["eos"] if table else None
     return Inspection(
-        folder,
+        redact(str(folder)),
         dtype,
         vocab_size,
         eos,
@@ -260,13 +263,13 @@ def _shard_tasks(domains: Sequence[_Domain], vocab_size: int | None, *, everythi
     return tasks
 
 
-def _read_table(folder: Path) -> dict[str, Any] | None:
+def _read_table(folder: str | Path) -> dict[str, Any] | None:
     """domains.json of a prepared folder, with the keys that are read here checked; None where there is none."""
-    path = folder / "domains.json"
-    if not path.exists():
-        return None
+    path = redact(str(below(folder, "domains.json")))
     try:
-        table = json.loads(path.read_bytes())
+        table = read_table(folder)
+        if table is None:
+            return None
         table["domains"], table["tokenizer"]["vocab_size"], table["tokenizer"]["sha256"]  # noqa: B018
         for entry in table["domains"].values():
             for key in ("tokens", "documents", "bytes", "heldout_tokens", "heldout_documents"):
@@ -275,33 +278,44 @@ def _read_table(folder: Path) -> dict[str, Any] | None:
         table["dtype"], table["eos"]  # noqa: B018
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"not a domains.json of prepare: {error!r}", path=path) from error
-    return dict(table)
+    return table
 
 
-def _find_domains(folder: Path, table: dict[str, Any] | None) -> list[_Domain]:
+def _find_domains(folder: str | Path, table: dict[str, Any] | None) -> list[_Domain]:
     if table is not None:
         found = []
         for name in sorted(table["domains"]):
-            held = folder / "heldout" / name
+            held = below(folder, "heldout", name)
             heldout = load_index(held) if table["domains"][name]["heldout_documents"] else None
-            found.append(_Domain(name, load_index(folder / "train" / name), heldout, table["domains"][name]))
+            train = load_index(below(folder, "train", name))
+            found.append(_Domain(name, train, heldout, table["domains"][name]))
         return found
+    if isinstance(folder, str):
+        if has(str(below(folder, "index.json"))):
+            return [_Domain(last_name(folder), load_index(folder), None)]
+        return [_Domain(name, load_index(place), None) for name, place in domain_folders(folder).items()]
     if (folder / "index.json").exists():
         return [_Domain(folder.resolve().name, load_index(folder), None)]
-    below = sorted(p.parent for p in folder.glob("*/index.json"))
-    if not below:
+    inner = sorted(p.parent for p in folder.glob("*/index.json"))
+    if not inner:
         raise DataError("no domains.json, no index.json, and no sub-folder with one", path=folder)
-    return [_Domain(p.name, load_index(p), None) for p in below]
+    return [_Domain(p.name, load_index(p), None) for p in inner]
 
 
-def _codec(folder: Path, table: dict[str, Any], problems: list[str] | None) -> TextTokenizer | None:
+def _codec(folder: str | Path, table: dict[str, Any], problems: list[str] | None) -> TextTokenizer | None:
     """The folder's tokenizer; where `problems` are collected, what is wrong with it is added there."""
     try:
-        codec = load_tokenizer(folder / "tokenizer.json")
+        place = below(folder, "tokenizer.json")
+        found = local_copy(place)
+        if found is None:
+            raise DataError(
+                "cannot be read (no such file); expected a tokenizer.json", path=redact(str(place))
+            )
+        codec = load_tokenizer(found)
         if codec.sha256 != table["tokenizer"]["sha256"]:
             raise DataError(
                 "another tokenizer than the one of domains.json",
-                path=folder / "tokenizer.json",
+                path=redact(str(place)),
                 field="sha256",
             )
     except DataError as error:

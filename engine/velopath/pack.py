@@ -10,6 +10,7 @@ that does not fit in any of these is computed anew.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ def load_bins(
         "stream_tokens": domain.stream.tokens,
     }
     other = Path(cache) if cache is not None else default_cache()
-    places = [domain.folder / name, other / f"{domain.fingerprint}.{name}"]
+    places = [Path(domain.folder) / name, other / f"{domain.fingerprint}.{name}"]
     for path in places:
         if (found := _read(path, facts)) is not None:
             return found
@@ -108,6 +109,15 @@ def load_bins(
         except WriteError as error:
             problems.append(f"{path.parent} ({error.problem})")
     raise ConfigError(f"the bins of best_fit cannot be stored in {' nor in '.join(problems)}; choose a cache")
+
+
+def packings_of(
+    data: Mapping[str, DomainData], packing: str, row_tokens: int, eos: int | None, cache: str | Path | None
+) -> list[_core.Packing | None]:
+    """The bins of each domain where rows are bins."""
+    if packing == "concat":
+        return [None] * len(data)
+    return [load_bins(domain, row_tokens, eos, cache=cache).packing for domain in data.values()]
 
 
 def _read(path: Path, facts: dict[str, Any]) -> Bins | None:

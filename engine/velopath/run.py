@@ -40,7 +40,7 @@ from velopath.runlineage import kept_steps
 from velopath.schedule import LrPath
 from velopath.session import Session
 from velopath.stream import Sampler, open_sampler
-from velopath.stream_data import prepared_table
+from velopath.stream_data import heldout_names, prepared_table, read_settings
 from velopath.train_step import TrainStep
 
 MAIN = "main"
@@ -276,7 +276,7 @@ class Run:
             streams: list[Tokens] = []
             starts: list[Any] = []
             for name in names:
-                root = next((r for r in roots if (Path(r) / "heldout" / name).is_dir()), roots[0])
+                root = next((r for r in roots if name in heldout_names(r)), roots[0])
                 part = HeldOut.open(root, row_tokens=self.config.train.row_tokens, names=[name])
                 streams += part.streams
                 starts += part.starts or ()
@@ -314,7 +314,7 @@ class Run:
             world=self.dist.world,
             weights=entry.weights,
             exhaustion=self.config.data.exhaustion,
-            cache=self.config.data.cache,
+            **read_settings(self.config.data),
             on_bad_shard=self.config.data.on_bad_shard,
             audit=self.folder.audit(segment, piece.slice),
             audit_parent=None if parent is None else self.folder.audit(parent, piece.slice),
@@ -367,9 +367,9 @@ class Run:
         )
 
     @property
-    def data_root(self) -> Path:
-        """The first slice's folder: its tokenizer is the run's."""
-        return Path(next(iter(self.config.data.slices.values())).root)
+    def data_root(self) -> str:
+        """The first slice's folder or URL: its tokenizer is the run's."""
+        return next(iter(self.config.data.slices.values())).root
 
     @property
     def prepared(self) -> dict[str, Any]:

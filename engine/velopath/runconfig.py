@@ -14,7 +14,8 @@ from velopath.errors import ConfigError, DataError
 from velopath.runchange import PENDING, change, pending
 from velopath.runfolder import RunFolder
 from velopath.runlineage import kept_steps
-from velopath.stream_data import domain_folders, prepared_table
+from velopath.stream_data import domain_folders, heldout_names, prepared_table, read_table
+from velopath.urls import below, is_url, redact
 
 OVERRIDES = ("path.peak", "path.floor", "path.shape")
 """What `override` may change: the main path's peak from its present step on; shape and floor of later branches."""
@@ -33,13 +34,15 @@ def recorded_config(folder: RunFolder) -> RunConfig:
     return load_config(path)
 
 
-def slice_folders(config: RunConfig, name: str) -> dict[str, Path]:
-    """Domain -> MDS folder of slice `name`, by sorted name: its own domains, then those it replays."""
+def slice_folders(config: RunConfig, name: str) -> dict[str, str | Path]:
+    """Domain -> MDS folder (a path or URL) of slice `name`, by sorted name: its own domains, then those it replays."""
     entry = config.data.slices[name]
     found = domain_folders(entry.root)
     for domain, source in entry.replay.items():
         if domain in found:
-            raise ConfigError(f"slice {name!r} replays {domain!r}, which its own folder {entry.root} has too")
+            raise ConfigError(
+                f"slice {name!r} replays {domain!r}, which its own folder {redact(entry.root)} has too"
+            )
         earlier = slice_folders(config, source)
         if domain not in earlier:
             raise ConfigError(f"slice {name!r} replays {domain!r} of {source!r}, which has no such domain")
@@ -50,7 +53,7 @@ def slice_folders(config: RunConfig, name: str) -> dict[str, Path]:
 def slice_table(config: RunConfig, name: str) -> dict[str, Any] | None:
     """The slice's domains.json with the entries of the domains it replays; None where `prepare` wrote none."""
     entry = config.data.slices[name]
-    table: dict[str, Any] | None = prepared_table(entry.root) or None
+    table = prepared_table(entry.root) or None
     for domain, source in entry.replay.items() if table is not None else ():
         earlier = slice_table(config, source) or {}
         if table is not None and domain in earlier.get("domains", {}):
@@ -61,7 +64,7 @@ def slice_table(config: RunConfig, name: str) -> dict[str, Any] | None:
 def add_slice(
     folder: RunFolder,
     name: str,
-    root: Path,
+    root: str | Path,
     *,
     steps: int,
     replay: float = 0.0,
@@ -75,12 +78,12 @@ def add_slice(
     """
     config = recorded_config(folder)
     _check_name(folder, config, name)
-    root = root.expanduser().resolve()
+    root = root if is_url(root) else Path(root).expanduser().resolve()
     entry = _new_slice(config, root, steps, replay)
     event = {
         "event": "slice",
         "name": name,
-        "slice": entry,
+        "slice": {**entry, "root": redact(entry["root"]) if is_url(entry["root"]) else entry["root"]},
         "replay_share": replay,
         "targets": dict(targets or {}),
     }
@@ -137,7 +140,7 @@ def _apply(folder: RunFolder, event: Mapping[str, Any], tree: dict[str, Any]) ->
     return changed
 
 
-def _new_slice(config: RunConfig, root: Path, steps: int, replay: float) -> dict[str, Any]:
+def _new_slice(config: RunConfig, root: str | Path, steps: int, replay: float) -> dict[str, Any]:
     """The new slice's part of the configuration."""
     if not 0 <= replay < 1:
         raise ConfigError(f"the replay share is {replay}; expected a share of the slice's tokens in [0, 1)")
@@ -149,26 +152,26 @@ def _new_slice(config: RunConfig, root: Path, steps: int, replay: float) -> dict
         }
     if replay and not sources:
         raise ConfigError(
-            f"nothing to replay: every earlier domain has data of its own in {root}; leave --replay out, or prepare "
-            "the new data without the domains to be replayed"
+            f"nothing to replay: every earlier domain has data of its own in {redact(str(root))}; leave --replay "
+            "out, or prepare the new data without the domains to be replayed"
         )
     if not replay:
         return {"root": str(root), "steps": steps, "weights": None, "replay": {}}
     tokens = _tokens(root, list(own))
-    old = {d: _tokens(Path(config.data.slices[s].root), [d])[d] for d, s in sources.items()}
+    old = {d: _tokens(config.data.slices[s].root, [d])[d] for d, s in sources.items()}
     weights = {d: (1 - replay) * n / sum(tokens.values()) for d, n in tokens.items()}
     weights |= {d: replay * n / sum(old.values()) for d, n in old.items()}
     return {"root": str(root), "steps": steps, "weights": weights, "replay": sources}
 
 
-def _tokens(root: Path, domains: list[str]) -> dict[str, int]:
-    table = RunFolder(root).read_json("domains.json")
+def _tokens(root: str | Path, domains: list[str]) -> dict[str, int]:
+    table = read_table(root) or {}
     try:
         return {domain: int(table["domains"][domain]["tokens"]) for domain in domains}
     except (TypeError, KeyError, ValueError) as error:
         raise DataError(
             "a replay share needs the tokens of every domain in domains.json, which `velopath prepare` writes",
-            path=root / "domains.json",
+            path=redact(str(below(root, "domains.json"))),
         ) from error
 
 
@@ -185,21 +188,22 @@ def _check_name(folder: RunFolder, config: RunConfig, name: str) -> None:
 
 def _check_data(config: RunConfig, name: str, entry: Mapping[str, Any]) -> None:
     """The new slice fits the run: the same tokenizer, and a held-out set for every domain it brings."""
-    roots = [Path(s.root) for s in config.data.slices.values()]
-    new = Path(entry["root"])
-    first, table = (RunFolder(r).read_json("domains.json") or {} for r in (roots[0], new))
+    roots = [s.root for s in config.data.slices.values()]
+    new = str(entry["root"])
+    first, table = (read_table(r) or {} for r in (roots[0], new))
     for key in ("eos", "tokenizer"):
         if key in first and key in table and first[key] != table[key]:
             raise DataError(
                 f"its {key} is {table[key]!r}, that of the run's first slice {first[key]!r}; prepare the new data with "
                 "the run's tokenizer",
-                path=new / "domains.json",
+                path=redact(str(below(new, "domains.json"))),
             )
-    held = [Path(config.data.heldout)] if config.data.heldout is not None else [*roots, new]
+    held = [config.data.heldout] if config.data.heldout is not None else [*roots, new]
+    judged = {domain for root in held for domain in heldout_names(root)}
     for domain in domain_folders(new):
-        if not any((root / "heldout" / domain).is_dir() for root in held):
+        if domain not in judged:
             raise DataError(
                 f"domain {domain!r} of slice {name!r} has no held-out documents, by which it would be judged; prepare "
                 "them" + (", and put them into data.heldout" if config.data.heldout is not None else ""),
-                path=held[-1] / "heldout" / domain,
+                path=redact(str(below(held[-1], "heldout", domain))),
             )

@@ -14,7 +14,6 @@ from velopath.errors import DataError
 from velopath.lineage import Cost, Lineage, Version
 from velopath.mds import load_index
 from velopath.runfolder import RunFolder
-from velopath.stream_data import fingerprint
 
 ORIGIN = "velopath.json"
 """Beside an exported model: what made it, at what cost; read when a run continues from that folder."""
@@ -73,9 +72,9 @@ def edge_seconds(folder: RunFolder, segment: str, start: int, end: int) -> float
     )
 
 
-def data_hash(folders: Mapping[str, Path]) -> str:
+def data_hash(folders: Mapping[str, str | Path]) -> str:
     """16 hex digits of the shards of a slice: domains, samples, sizes and hashes as their indexes state them."""
-    known = {name: fingerprint(load_index(folder, files=False)) for name, folder in sorted(folders.items())}
+    known = {name: load_index(folder, files=False).fingerprint for name, folder in sorted(folders.items())}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 

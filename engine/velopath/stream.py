@@ -9,62 +9,34 @@ T = `row_tokens`, K domains. The rules stand in `csrc/planner.h` (order, epochs)
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from velopath import _core, stream_quarantine
 from velopath.audit import AuditLog
+from velopath.cache import Cache, parse_size
 from velopath.domains import DomainTable, MixtureWeights, check_weights, integer_shares
 from velopath.errors import ConfigError, DataError, PushRejectedError
-from velopath.stream_data import DomainData, end_of_text, open_domains
+from velopath.pack import packings_of
+from velopath.remote import DEFAULT_POLICY, FetchPolicy
+from velopath.stream_batch import TokenBatch as TokenBatch
 from velopath.stream_data import domain_folders as domain_folders
+from velopath.stream_data import end_of_text, open_domains
+from velopath.stream_feed import Feed, FeedReport
 from velopath.stream_order import POLICIES, domain_key
 from velopath.stream_quarantine import BadShard
 from velopath.stream_state import Identity, read_state, write_state
+from velopath.urls import is_url, redact
 
 _PACKINGS = ("concat", "best_fit")
 _ORDERS = ("full", "windowed")
-
-
-class TokenBatch(NamedTuple):
-    """One optimiser step of this rank.
-
-    `tokens` int32 (rows, T + 1): inputs are `tokens[:, :-1]`, labels `tokens[:, 1:]`. `domains` int32 (rows,):
-    each row's domain, as index into `Sampler.names`. `row_ids` int64 (rows,) name what was read: epoch * rows of
-    an epoch + number of the row in its epoch's stream. The memory of `tokens` is used again once the array and
-    every view of it are gone; copy what must outlive them (and wait for asynchronous copies to a device).
-
-    With `packing="best_fit"`, `counts` int32 (rows,) are the tokens of each row that are no padding, else None.
-
-    With `boundaries=True`, else None: `documents` int32 (rows, T + 1) number the documents of a row from 0, padding
-    is -1; `positions` int32 (rows, T + 1) count from 0 in each document, or part of one, that a row holds;
-    `cu_seqlens` int32 are the bounds of those parts in the inputs of the whole batch, `tokens[:, :-1].reshape(-1)`,
-    from 0 to rows * T; padding is a part of its own. An end-of-text token belongs to the document that it ends.
-    """
-
-    tokens: NDArray[np.int32]
-    domains: NDArray[np.int32]
-    step: int
-    weights_id: int
-    row_ids: NDArray[np.int64]
-    counts: NDArray[np.int32] | None = None
-    documents: NDArray[np.int32] | None = None
-    positions: NDArray[np.int32] | None = None
-    cu_seqlens: NDArray[np.int32] | None = None
-
-    def targets(self, ignore_index: int = -100) -> NDArray[np.int32]:
-        """The labels, int32 (rows, T): `tokens[:, 1:]`, with `ignore_index` where that is padding."""
-        labels = self.tokens[:, 1:]
-        if self.counts is None:
-            return labels
-        return np.where(
-            np.arange(1, labels.shape[1] + 1) < self.counts[:, None], labels, np.int32(ignore_index)
-        )
 
 
 def open_sampler(
@@ -91,16 +63,19 @@ def open_sampler(
     verify: bool = False,
     packing: str = "concat",
     boundaries: bool = False,
-    order: str = "full",
+    order: str | None = None,
     window: int = 8,
     on_bad_shard: str = "fail",
+    cache_limit: str | int | None = None,
+    fetch: FetchPolicy = DEFAULT_POLICY,
 ) -> Sampler:
     """Open a sampler on MDS folders, one per domain.
 
     `root` is a folder with one sub-folder per domain, a folder written by `velopath prepare`, or a mapping
-    domain -> folder. `rows` of T = `row_tokens` (+ 1) tokens are handed out per step and rank; a step is
-    rows * world rows. `weights` None are the token shares. `eos` is the token that ends every document; None:
-    as the `domains.json` beside the folders says, else documents join without separator.
+    domain -> folder; a folder may be a URL (s3://, gs://, az://, http(s)://, others by fsspec).
+    `rows` of T = `row_tokens` (+ 1) tokens are handed out per step and rank; a step is rows * world rows. `weights`
+    None are the token shares. `eos` is the token that ends every document; None: as the `domains.json` beside the
+    folders says, else documents join without separator.
 
     `exhaustion` of a domain after floor(N / T) rows: "repeat" reads it again in a new order, "renormalise" goes
     on without it, "stop" ends the stream before the first step that cannot be filled. zstd shards are inflated
@@ -116,7 +91,12 @@ def open_sampler(
     those of more than T + 1 tokens, and padding (`velopath.pack`; bins are computed once and stored beside the
     shards). `boundaries` asks for documents, positions and `cu_seqlens` in each batch. `order`: "full" shuffles an
     epoch's rows over the whole domain; "windowed" shuffles the shards, then the rows inside each `window` shards of
-    that order, so that only these and the ones right behind them (a row may end there) are read at a time.
+    that order, so that only these and the ones right behind them (a row may end there) are read at a time. None is
+    "windowed" where a folder is remote, else "full".
+
+    Shards of remote folders are fetched into `cache` as the plan comes to need them, patiently as `fetch` says, and
+    evicted where the shards there pass `cache_limit` (bytes, or a size such as "50GB"); see `velopath.cache`. Where
+    they do not come, `next` raises what the fetch raised. `Sampler.feed_report` says what was fetched and waited for.
 
     `on_bad_shard` "fail" refuses data with a bad shard as soon as it is met; "quarantine" reads everything once when
     it opens, leaves bad shards out, says so in a `QuarantineWarning`, `Sampler.quarantined` and the audit log, and
@@ -135,7 +115,7 @@ def open_sampler(
     if rank >= world:
         raise ConfigError(f"rank is {rank}; expected less than world, {world}")
     for name, choice, known in (
-        ("exhaustion", exhaustion, POLICIES), ("packing", packing, _PACKINGS), ("order", order, _ORDERS),
+        ("exhaustion", exhaustion, POLICIES), ("packing", packing, _PACKINGS), ("order", order or "full", _ORDERS),
         ("on_bad_shard", on_bad_shard, stream_quarantine.POLICIES),
     ):  # fmt: skip
         if choice not in known:
@@ -145,22 +125,29 @@ def open_sampler(
             "the bins of best_fit reach over all shards, not over a window; choose order='full'"
         )
     folders = domain_folders(root)
+    far = [name for name, folder in folders.items() if is_url(folder)]
+    if far and packing == "best_fit":
+        raise ConfigError(
+            f"domain {far[0]!r} is remote; best_fit needs its shards here: copy it, or choose concat"
+        )
+    order = order or ("windowed" if far else "full")
     if weights is not None:
         check_weights(weights, tuple(folders))
     eos = end_of_text(folders, eos)
+    shards = Cache(cache, None if cache_limit is None else parse_size(cache_limit), fetch)
     data = open_domains(
-        folders, eos, cache=cache, bytes_dtype=bytes_dtype, verify=verify, on_bad_shard=on_bad_shard
+        folders, eos, cache=shards, bytes_dtype=bytes_dtype, verify=verify, on_bad_shard=on_bad_shard
     )
     for name, domain in data.items():
         if domain.stream.tokens < (1 if packing == "best_fit" else row_tokens):
             raise DataError(
                 f"domain {name!r} has {domain.stream.tokens} tokens, fewer than one row of {row_tokens}; "
                 "add text or make row_tokens smaller",
-                path=domain.folder,
+                path=redact(str(domain.folder)),
             )
     streams = [domain.stream for domain in data.values()]
     bad = tuple(one for domain in data.values() for one in domain.bad)
-    packings = _packings(data, packing, row_tokens, eos, cache)
+    packings = packings_of(data, packing, row_tokens, eos, cache)
     identity = Identity(
         seed=seed,
         start_step=start_step,
@@ -198,10 +185,14 @@ def open_sampler(
         window=identity.window,
         boundaries=boundaries,
         padding=eos or 0,
+        staged=bool(far),
         allocate=allocate or _allocate,
     )
     log = AuditLog(audit, audit_parent) if audit is not None and rank == 0 else None
-    return Sampler(core, identity, rank, MixtureWeights(mix.names, mix.shares, 0, start_step), log, bad)
+    first = MixtureWeights(mix.names, mix.shares, 0, start_step)
+    fed = {k: (domain.stream, domain.remote) for k, domain in enumerate(data.values()) if domain.remote}
+    feed = Feed(core, fed, shards, global_rows=rows * world) if fed else None
+    return Sampler(core, identity, rank, first, log, bad, shards, feed)
 
 
 class Sampler:
@@ -218,6 +209,8 @@ class Sampler:
         weights: MixtureWeights,
         audit: AuditLog | None,
         quarantined: tuple[BadShard, ...] = (),
+        cache: Cache | None = None,
+        feed: Feed | None = None,
     ) -> None:
         self._core, self._identity, self._audit = core, identity, audit
         self._mixes = {weights.id: weights}
@@ -230,6 +223,8 @@ class Sampler:
         self.quarantined = quarantined
         """Shards that were left out, see `on_bad_shard` of `open_sampler`."""
         self._first: MixtureWeights | None = None if audit is None else weights
+        self._cache, self._feed = cache, feed  # marks of the shards in use last as long as the sampler
+        self._end_feed = weakref.finalize(self, feed.close) if feed is not None else None
 
     @property
     def step(self) -> int:
@@ -250,10 +245,21 @@ class Sampler:
         if self._first is not None:
             with self._lock:
                 self._begin_log()
-        handed = self._core.next()
+        handed = self._core.next() if self._feed is None else self._fed_next(self._feed)
         if handed is None:
             raise StopIteration
         return TokenBatch(*handed)
+
+    def _fed_next(self, feed: Feed) -> Any:
+        """The core's next step; what it waits for the feed is told to it."""
+        waits, begin = self._core.waits, time.perf_counter()
+        if waits:
+            feed.wake()
+        handed = self._core.next()
+        if waits:
+            feed.waited(self._core.step - 1, time.perf_counter() - begin)
+        feed.handed(self._core.step)
+        return handed
 
     def __next__(self) -> TokenBatch:
         return self.next()
@@ -357,9 +363,18 @@ class Sampler:
             self._audit.begin(self.order, self._first, [bad._asdict() for bad in self.quarantined])
             self._first = None
 
+    @property
+    def feed_report(self) -> FeedReport:
+        """What was fetched of remote shards so far, and how long steps waited for them; zeros of local ones."""
+        return self._feed.report if self._feed is not None else FeedReport(0, 0, 0, 0.0)
+
     def close(self) -> None:
         """End the threads and close the audit log. Batches handed out stay valid."""
+        if self._end_feed is not None:
+            self._end_feed()
         self._core.close()
+        if self._cache is not None:
+            self._cache.close()
         if self._audit is not None:
             self._audit.close()
 
@@ -374,17 +389,6 @@ class Sampler:
 
 def _allocate(shape: tuple[int, int]) -> NDArray[np.int32]:
     return np.empty(shape, np.int32)
-
-
-def _packings(
-    data: Mapping[str, DomainData], packing: str, row_tokens: int, eos: int | None, cache: str | Path | None
-) -> list[_core.Packing | None]:
-    """The bins of each domain where rows are bins."""
-    if packing == "concat":
-        return [None] * len(data)
-    from velopath.pack import load_bins
-
-    return [load_bins(domain, row_tokens, eos, cache=cache).packing for domain in data.values()]
 
 
 def _mixture(names: tuple[str, ...], weights: Mapping[str, float]) -> MixtureWeights:

@@ -2,70 +2,103 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from velopath import _core
-from velopath.cache import raw_path
+from velopath import _core, remote
+from velopath.cache import Cache
+from velopath.config import DataConfig
 from velopath.errors import ConfigError, DataError
 from velopath.mds import MdsFolder, ShardEntry, load_index, shard_token_column
+from velopath.remote import FetchPolicy
 from velopath.stream_quarantine import BadShard, leave_out_bad
+from velopath.token_counts import load_counts
+from velopath.urls import below, is_url, parent, redact
 
 _TYPE_CODES = {"uint8": 8, "uint16": 16, "int16": 17, "uint32": 32, "int32": 33, "uint64": 64, "int64": 65}
 _INFLATERS = 8
 
 
 class DomainData(NamedTuple):
-    """One domain: its folder, its documents as the core reads them, a hash of what the index says of them, and the
-    shards that were left out."""
+    """One domain: its folder (a path, or a URL), its documents as the core reads them, a hash of what the index says of
+    them, the shards that were left out, and those of a remote domain, which a `Feed` fetches."""
 
-    folder: Path
+    folder: str | Path
     stream: _core.TokenStream
     fingerprint: str
     bad: tuple[BadShard, ...] = ()
+    remote: tuple[ShardEntry, ...] = ()
 
 
 def open_domains(
-    folders: Mapping[str, Path],
+    folders: Mapping[str, str | Path],
     eos: int | None,
     *,
-    cache: str | Path | None = None,
+    cache: Cache | str | Path | None = None,
     bytes_dtype: str = "int64",
     verify: bool = False,
     on_bad_shard: str = "fail",
 ) -> dict[str, DomainData]:
-    """The data of each domain; the arguments are those of `open_sampler`. Raises `DataError`."""
+    """The data of each domain; the arguments are those of `open_sampler`, or a `Cache` that keeps the marks of
+    what is in use. Nothing of a remote domain is mapped: its stream is to be fed. Raises `DataError`."""
     quarantine = on_bad_shard == "quarantine"
+    held = cache if isinstance(cache, Cache) else Cache(cache)
     indexes = {name: load_index(folder, files=not quarantine) for name, folder in folders.items()}
+    far = {name: index for name, index in indexes.items() if is_url(index.folder)}
+    near = {name: index for name, index in indexes.items() if name not in far}
+    if quarantine and far:
+        raise ConfigError(
+            f"on_bad_shard is 'quarantine' and domain {next(iter(far))!r} is remote; to find bad shards all would be "
+            "fetched before the first step: copy the folder here, or choose 'fail'"
+        )
     bad: dict[str, tuple[BadShard, ...]] = {}
     if quarantine:
-        indexes, bad = leave_out_bad(indexes, lambda entry: _described(entry, cache, bytes_dtype, True), eos)
-    shards = _shards(indexes, cache, bytes_dtype, verify and not quarantine)
-    return {
-        name: DomainData(
-            folder, _core.TokenStream(shards[name], eos), fingerprint(indexes[name]), bad.get(name, ())
-        )
-        for name, folder in folders.items()
-    }
+        near, bad = leave_out_bad(near, lambda entry: _described(entry, held, bytes_dtype, True), eos)
+    shards = _shards(near, held, bytes_dtype, verify and not quarantine)
+    data = {}
+    for name, folder in folders.items():
+        if name in far:
+            data[name] = _remote_data(far[name], eos, held, bytes_dtype)
+        else:
+            stream = _core.TokenStream(shards[name], eos)
+            data[name] = DomainData(folder, stream, near[name].fingerprint, bad.get(name, ()))
+    return data
 
 
-def domain_folders(root: str | Path | Mapping[str, str | Path]) -> dict[str, Path]:
-    """Domain -> MDS folder, sorted by name; `root` as in `open_sampler`."""
+def _remote_data(index: MdsFolder, eos: int | None, cache: Cache, bytes_dtype: str) -> DomainData:
+    """A domain whose shards are fetched when they are needed: only their tokens are known."""
+
+    def count(entry: ShardEntry) -> int:
+        with cache.held(entry) as path:
+            return _core.TokenStream([_shard_of(entry, bytes_dtype, path)], None).tokens
+
+    counts = load_counts(index, count, bytes_dtype=bytes_dtype, cache=cache)
+    shards = [_shard_of(entry, bytes_dtype, entry.place) for entry in index.shards]
+    return DomainData(
+        index.folder, _core.TokenStream(shards, eos, counts), index.fingerprint, (), index.shards
+    )
+
+
+def domain_folders(root: str | Path | Mapping[str, str | Path]) -> dict[str, str | Path]:
+    """Domain -> MDS folder (a path, or a URL), sorted by name; `root` as in `open_sampler`."""
     if isinstance(root, Mapping):
         if not root:
             raise ConfigError("no domains: the mapping domain -> folder is empty")
-        return {name: Path(root[name]) for name in sorted(root)}
+        return {name: root[name] if is_url(root[name]) else Path(root[name]) for name in sorted(root)}
+    if isinstance(root, str) and is_url(root):
+        return _remote_folders(root)
     root = Path(root)
     for place in (root, root / "train"):
         try:
             indexes = list(place.glob("*/index.json"))
         except (OSError, ValueError) as error:
             raise DataError(f"cannot be looked into: {error}", path=str(root)[:200]) from error
-        found = {p.parent.name: p.parent for p in indexes if not p.parent.name.startswith(".")}
+        found: dict[str, str | Path] = {
+            p.parent.name: p.parent for p in indexes if not p.parent.name.startswith(".")
+        }
         if found:
             return {name: found[name] for name in sorted(found)}
     if (root / "index.json").is_file():
@@ -75,35 +108,75 @@ def domain_folders(root: str | Path | Mapping[str, str | Path]) -> dict[str, Pat
     raise DataError("no domains: expected sub-folders that each hold an index.json", path=root)
 
 
-def prepared_table(root: str | Path) -> dict[str, Any]:
-    """The domains.json of a prepared folder, with the types that are used checked; empty where there is none.
+def _remote_folders(root: str) -> dict[str, str | Path]:
+    table = read_table(root)
+    if table is not None and "domains" in table:
+        return {name: below(root, "train", name) for name in sorted(table["domains"])}
+    found = remote.folders(root)
+    place: str | Path = root
+    if "train" in found and not remote.has(str(below(root, "train", "index.json"))):
+        place = below(root, "train")
+        found = remote.folders(str(place))
+    if not found:
+        raise DataError("no domains: expected sub-folders that each hold an index.json", path=redact(root))
+    return {name: below(place, name) for name in found if not name.startswith(".")}
 
-    Raises `DataError`.
+
+def read_table(root: str | Path) -> dict[str, Any] | None:
+    """The `domains.json` of a folder that `velopath prepare` wrote, local or remote; None where there is none.
+
+    Raises `DataError` where it is there and malformed.
     """
-    path = Path(root) / "domains.json"
-    if not path.is_file():
-        return {}
+    path = below(root, "domains.json")
+    if isinstance(path, str):
+        content = remote.read_if_there(path)
+    else:
+        content = path.read_bytes() if path.is_file() else None
+    if content is None:
+        return None
     try:
-        table = json.loads(path.read_bytes())
+        table = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not a table of domains: {error!r}", path=redact(str(path))) from error
+    if not isinstance(table, dict) or not isinstance(table.get("domains", {}), dict):
+        raise DataError("not a table of domains: expected an object of domains", path=redact(str(path)))
+    return table
+
+
+def prepared_table(root: str | Path) -> dict[str, Any]:
+    """`read_table` with the types that are used checked; empty where there is none. Raises `DataError`."""
+    table, path = read_table(root) or {}, redact(str(below(root, "domains.json")))
+    try:
         domains, codec = table.get("domains", {}), table.get("tokenizer", {})
         numbers = [facts.get("tokens", 0) for facts in domains.values()] + [codec.get("vocab_size", 0) or 0]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (TypeError, AttributeError) as error:
         raise DataError(f"not a table of domains: {error!r}", path=path) from error
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise DataError("expected whole numbers for tokens and vocab_size", path=path)
-    return dict(table)
+    return table
 
 
-def end_of_text(folders: Mapping[str, Path], eos: int | None) -> int | None:
+def heldout_names(root: str | Path) -> list[str]:
+    """Domains of prepared data, local or remote, that have a held-out split; sorted."""
+    if not is_url(root):
+        return sorted(p.parent.name for p in (Path(root) / "heldout").glob("*/index.json"))
+    table = read_table(root)
+    if table is None or "domains" not in table:
+        return remote.folders(str(below(root, "heldout")))
+    return sorted(name for name, entry in table["domains"].items() if entry.get("heldout_documents"))
+
+
+def end_of_text(folders: Mapping[str, str | Path], eos: int | None) -> int | None:
     """`eos` as given, or as the domains.json above each folder agree."""
     if eos is None:
-        beside = {p / "domains.json" for f in folders.values() for p in list(f.resolve().parents)[:2]}
-        found: dict[int | None, Path] = {}
-        for path in sorted(p for p in beside if p.is_file()):
-            try:
-                found[json.loads(path.read_bytes())["eos"]] = path
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise DataError(f"not a table of domains with an eos: {error!r}", path=path) from error
+        above = {place for folder in folders.values() for place in _above(folder)}
+        found: dict[int | None, str] = {}
+        for place in sorted(above, key=str):
+            if (table := read_table(place)) is not None:
+                path = redact(str(below(place, "domains.json")))
+                if not isinstance(table.get("eos", ""), int | None):
+                    raise DataError("not a table of domains with an eos", path=path)
+                found[table["eos"]] = path
         if len(found) > 1:
             raise ConfigError(f"the domains end their documents differently: {found}; give eos")
         eos = next(iter(found), None)
@@ -112,8 +185,15 @@ def end_of_text(folders: Mapping[str, Path], eos: int | None) -> int | None:
     return eos
 
 
+def _above(folder: str | Path) -> Sequence[str | Path]:
+    """The two folders above a domain's."""
+    if isinstance(folder, str):
+        return [place for place in (parent(folder), parent(parent(folder))) if is_url(place)]
+    return list(folder.resolve().parents)[:2]
+
+
 def _shards(
-    indexes: Mapping[str, MdsFolder], cache: str | Path | None, bytes_dtype: str, verify: bool
+    indexes: Mapping[str, MdsFolder], cache: Cache, bytes_dtype: str, verify: bool
 ) -> dict[str, list[_core._Shard]]:
     """Shards of each domain as the core takes them; zstd ones are inflated side by side."""
     with ThreadPoolExecutor(_INFLATERS) as pool:
@@ -124,21 +204,22 @@ def _shards(
         return {name: [f.result() for f in shards] for name, shards in waiting.items()}
 
 
-def _described(entry: ShardEntry, cache: str | Path | None, bytes_dtype: str, verify: bool) -> _core._Shard:
+def _described(entry: ShardEntry, cache: Cache, bytes_dtype: str, verify: bool) -> _core._Shard:
+    shard_token_column(entry, bytes_dtype=bytes_dtype)  # refused before anything is inflated
+    return _shard_of(entry, bytes_dtype, cache.hold(entry, verify=verify))
+
+
+def _shard_of(entry: ShardEntry, bytes_dtype: str, path: str | Path) -> _core._Shard:
     column = shard_token_column(entry, bytes_dtype=bytes_dtype)
     # No sample can be larger than its shard, so a larger fixed size is as good as any too large one.
     sizes = [-1 if s is None else min(s, 1 << 32) for s in entry.columns.sizes]
     code = 0 if column.dtype is None else _TYPE_CODES[column.dtype]
     length = None if column.length is None else min(column.length, 1 << 32)
-    path = str(raw_path(entry, cache, verify=verify))
     names = entry.columns.names
-    return (path, entry.samples, entry.raw_bytes, names, sizes, column.index, column.plain, code, length)
+    return (str(path), entry.samples, entry.raw_bytes, names, sizes, column.index, column.plain, code, length)
 
 
-def fingerprint(index: MdsFolder) -> str:
-    """Hash of what the index says about the raw shards; how they are compressed does not matter."""
-    shards = [
-        [s.samples, s.raw_bytes, sorted(s.raw_hashes.items()), s.columns.names, s.columns.encodings]
-        for s in index.shards
-    ]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:32]
+def read_settings(data: DataConfig) -> dict[str, Any]:
+    """Keywords of `open_sampler` that say where shards are kept and how patiently they are fetched."""
+    policy = FetchPolicy(attempts=data.fetch_attempts, stall_seconds=data.fetch_stall_seconds)
+    return {"cache": data.cache, "cache_limit": data.cache_limit, "fetch": policy}

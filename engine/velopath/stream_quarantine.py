@@ -62,7 +62,7 @@ def leave_out_bad(
         index = indexes[name]
         pairs = list(zip(index.shards, faults, strict=True))
         bad[name] = tuple(
-            BadShard(name, _name(entry, index.folder), why) for entry, why in pairs if why is not None
+            BadShard(name, _name(entry, Path(index.folder)), why) for entry, why in pairs if why is not None
         )
         kept[name] = MdsFolder(index.folder, tuple(entry for entry, why in pairs if why is None))
         if index.shards and not kept[name].shards:

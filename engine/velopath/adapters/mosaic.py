@@ -22,23 +22,26 @@ from torch.utils.data import IterableDataset, get_worker_info
 from velopath.domains import MixtureWeights, check_weights
 from velopath.errors import ConfigError
 from velopath.mds import load_index, read_documents, token_column
+from velopath.remote import DEFAULT_POLICY, FetchPolicy
 from velopath.stream import TokenBatch, open_sampler
+from velopath.urls import below, is_url, last_name
 
 Sample = dict[str, NDArray[np.integer[Any]] | bytes]
 _LOOKED_AT = 64  # documents of a stream whose lengths must agree where row_tokens is not given
-_WITHOUT_EFFECT = ("predownload", "cache_limit", "partition_algo", "num_canonical_nodes", "shuffle_algo", "keep_zip",
-                   "shuffle_block_size", "sampling_method", "sampling_granularity", "batching_method", "replication",
-                   "download_retry", "download_timeout")  # fmt: skip  # how the package fetches and shuffles
+_WITHOUT_EFFECT = ("predownload", "partition_algo", "num_canonical_nodes", "shuffle_algo", "keep_zip",
+                   "shuffle_block_size", "sampling_method", "sampling_granularity", "batching_method",
+                   "replication")  # fmt: skip  # how the package fetches and shuffles
 
 
 class StreamingDataset(IterableDataset[Sample]):
     """Rows of tokens as `{column: array}`, column name and type as stored (`bytes` where the column is `bytes`).
 
-    `streams` have `local`, `remote` (a path), `split` and one of `proportion`, `repeat`, `choose`; or give one stream
-    by keywords. A stream is named by its folder (and its number where two agree). `row_tokens` None: as long as the
-    stored documents, where they are of one length. Rank and world come from the environment, as the package's do.
-    Iterating hands out the next `len(self)` rows of this rank; other keywords go to `open_sampler`. Raises
-    `ConfigError` on settings that cannot be kept.
+    `streams` have `local`, `remote` (a path or URL), `split` and one of `proportion`, `repeat`, `choose`; or give one
+    stream by keywords. A stream is named by its folder (and its number where two agree). Of a URL, shards are fetched
+    into the folder that holds all `local` ones (or `cache`), up to `cache_limit`; an attempt ends where no byte comes
+    for `download_timeout` s. `row_tokens` None: as long as the stored documents, where they are of one length. Rank and
+    world come from the environment, as the package's do. Iterating hands out the next `len(self)` rows of this rank;
+    other keywords go to `open_sampler`. Raises `ConfigError` on settings that cannot be kept.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class StreamingDataset(IterableDataset[Sample]):
         if (not streams) == (remote is None and local is None):
             raise ConfigError("give either streams, or one stream by local or remote")
         places = [(s.local, s.remote, s.split or split) for s in streams or ()] or [(local, remote, split)]
-        names = [Path(there or here or "").name for here, there, _ in places]
+        names = [last_name(there or here or "") for here, there, _ in places]
         names = [name if names.count(name) == 1 else f"{name}-{k}" for k, name in enumerate(names)]
         folders = {name: _folder(*place) for name, place in zip(names, places, strict=True)}
         columns = [token_column(load_index(f).columns, bytes_dtype=bytes_dtype) for f in folders.values()]
@@ -74,6 +77,16 @@ class StreamingDataset(IterableDataset[Sample]):
         settings["verify"] = bool(
             options.pop("validate_hash", None)
         )  # inflated shards are checked in any case
+        retries, stall = options.pop("download_retry", None), options.pop("download_timeout", None)
+        attempts = DEFAULT_POLICY.attempts if retries is None else int(retries) + 1
+        seconds = DEFAULT_POLICY.stall_seconds if stall is None else float(stall)
+        settings["fetch"] = FetchPolicy(attempts=attempts, stall_seconds=seconds)
+        caches = [
+            here
+            for (here, _, _), folder in zip(places, folders.values(), strict=True)
+            if here and is_url(folder)
+        ]
+        settings["cache"] = os.path.commonpath(map(os.path.abspath, caches)) if caches else None
         settings |= {"seed": shuffle_seed, "rows": batch_size, "rank": rank, "world": world}
         settings |= {key: value for key, value in options.items() if key not in _WITHOUT_EFFECT}
         with open_sampler(folders, **(settings | {"threads": 0, "audit": None})) as whole:
@@ -118,22 +131,23 @@ class StreamingDataset(IterableDataset[Sample]):
         self._batch = self.sampler.next() if self._row else None
 
 
-def _first_documents(folder: Path, bytes_dtype: str) -> list[NDArray[np.integer[Any]]]:
+def _first_documents(folder: str | Path, bytes_dtype: str) -> list[NDArray[np.integer[Any]]]:
     return list(islice(read_documents(folder, bytes_dtype=bytes_dtype), _LOOKED_AT))
 
 
-def _folder(local: str | None, remote: str | None, split: str | None) -> Path:
+def _folder(local: str | None, remote: str | None, split: str | None) -> str | Path:
     """The stream's folder: below `local` where it is there already, else below `remote`."""
-    places = [Path(place, split or "") for place in (local, remote) if place and "://" not in place]
+    places = [Path(place, split or "") for place in (local, remote) if place and not is_url(place)]
     for place in places:
         if (place / "index.json").is_file():
             return place
-    where = " or ".join(map(str, places)) or remote
-    raise ConfigError(f"no index.json in {where}; fetch the stream into its local folder")
+    if is_url(remote):
+        return below(str(remote), *([split] if split else []))
+    raise ConfigError(f"no index.json in {' or '.join(map(str, places))}; check local and remote")
 
 
 def _weights(
-    streams: Mapping[str, Any], folders: Mapping[str, Path], tokens: Mapping[str, int]
+    streams: Mapping[str, Any], folders: Mapping[str, str | Path], tokens: Mapping[str, int]
 ) -> dict[str, float]:
     """Tokens of each stream in an epoch: all, times `repeat`; `proportion` shares the sum out."""
     proportions = {n: s.proportion for n, s in streams.items() if getattr(s, "proportion", None) is not None}

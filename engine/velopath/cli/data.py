@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from velopath.errors import ConfigError
+from velopath.urls import redact
 
 app = typer.Typer(help="The data slices of a run.", no_args_is_help=True)
 
@@ -21,7 +22,9 @@ def data() -> None:
 def add(
     run: Annotated[Path, typer.Argument(help="run folder")],
     name: Annotated[str, typer.Argument(help="name of the new slice, for example 2026q3")],
-    root: Annotated[Path, typer.Argument(help="its prepared folder: new domains, or more data of old ones")],
+    root: Annotated[
+        str, typer.Argument(help="its prepared folder or URL: new domains, or more data of old ones")
+    ],
     steps: Annotated[int, typer.Option(help="updates of the main path on it", min=1)],
     replay: Annotated[
         float, typer.Option(help="share of its tokens that come from domains which only earlier slices have")
@@ -51,7 +54,9 @@ def add(
         config = add_slice(folder, name, root, steps=steps, replay=replay, targets=targets)
     entry = config.data.slices[name]
     first = sum(s.steps for n, s in config.data.slices.items() if n != name)
-    typer.echo(f"{name}: steps {first:,} to {first + entry.steps:,} of the main path, from {entry.root}")
+    typer.echo(
+        f"{name}: steps {first:,} to {first + entry.steps:,} of the main path, from {redact(entry.root)}"
+    )
     for domain, source in sorted(entry.replay.items()):
         typer.echo(
             f"  replays {domain} of {source}: {(entry.weights or {}).get(domain, 0.0):.1%} of the tokens"

@@ -10,9 +10,9 @@ from velopath.cli.show import show_plan, table
 from velopath.config import RunConfig
 from velopath.plan import cost_table, make_plan
 from velopath.runconfig import slice_folders
-from velopath.runfolder import RunFolder
 from velopath.schedule import LrPath
 from velopath.stream import open_sampler
+from velopath.stream_data import read_settings, read_table
 
 MIXTURE_STEPS = 100
 
@@ -44,7 +44,7 @@ def _mixture(config: RunConfig) -> None:
             seed=config.seed,
             weights=entry.weights,
             exhaustion=config.data.exhaustion,
-            cache=config.data.cache,
+            **read_settings(config.data),
             on_bad_shard=config.data.on_bad_shard,
             threads=0,
             domain_key_salt=name,
@@ -102,7 +102,7 @@ def _estimate(config: RunConfig, steps: int) -> None:
     if config.model.hf:
         shape = read_config(config.model.hf)
     else:
-        first = RunFolder(next(iter(config.data.slices.values())).root).read_json("domains.json") or {}
+        first = read_table(next(iter(config.data.slices.values())).root) or {}
         size = first.get("tokenizer", {}).get("vocab_size")
         shape = preset(
             config.model.preset, **({"vocab_size": size} if size else {}) | dict(config.model.overrides)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,7 +19,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def inspect(
-    data: Annotated[Path, typer.Argument(help="folder made by prepare, or one of MDS folders")],
+    data: Annotated[str, typer.Argument(help="folder or URL made by prepare, or one of MDS folders")],
     domain: Annotated[str | None, typer.Option("--domain", "-d", help="this domain only")] = None,
     samples: Annotated[
         int, typer.Option("--samples", "-s", min=0, help="documents to decode per domain")
@@ -40,6 +39,8 @@ def inspect(
     Example: velopath inspect data/ --samples 2 --domain verse
 
     Example: velopath inspect data/ --verify (exit code 3 where something is wrong)
+
+    Example: velopath inspect s3://bucket/data (credentials from the environment, such as AWS_ACCESS_KEY_ID)
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -65,7 +66,7 @@ def inspect(
     else:
         _show(Console(), found, characters)
     if found.problems:
-        raise DataError(f"{len(found.problems)} problems, the first: {found.problems[0]}", path=data)
+        raise DataError(f"{len(found.problems)} problems, the first: {found.problems[0]}", path=found.folder)
 
 
 def _show(console: Console, found: Inspection, characters: int) -> None:

@@ -6,6 +6,7 @@ is believed: every name, size and type is checked, and an error names the file, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +32,10 @@ from velopath.mds.format import (
     sample_tokens,
     token_column,
 )
-from velopath.mds.inflate import inflate
+from velopath.mds.inflate import inflate, inflate_bytes
 from velopath.mds.write import MdsWriter
+from velopath.remote import DEFAULT_POLICY, FetchPolicy, read
+from velopath.urls import below, is_url, redact
 
 __all__ = [
     "Columns",
@@ -49,22 +53,38 @@ __all__ = [
 
 @dataclass(frozen=True)
 class MdsFolder:
-    """An MDS folder whose index was checked: its shards in index order."""
+    """An MDS folder whose index was checked: its shards in index order. `folder` is a path, or a URL."""
 
-    folder: Path
+    folder: str | Path
     shards: tuple[ShardEntry, ...]
+
+    def __repr__(self) -> str:
+        return f"MdsFolder({redact(str(self.folder))!r}, {len(self.shards)} shards)"
 
     @property
     def columns(self) -> Columns:
         """Columns of the first shard (each shard carries its own). Raises `DataError` when there are no shards."""
         if not self.shards:
-            raise DataError("the index lists no shards", path=self.folder / "index.json", field="shards")
+            raise DataError(
+                "the index lists no shards",
+                path=redact(str(below(self.folder, "index.json"))),
+                field="shards",
+            )
         return self.shards[0].columns
 
     @property
     def samples(self) -> int:
         """Documents in all shards."""
         return sum(s.samples for s in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the index says about the raw shards; how they are compressed does not matter."""
+        shards = [
+            [s.samples, s.raw_bytes, sorted(s.raw_hashes.items()), s.columns.names, s.columns.encodings]
+            for s in self.shards
+        ]
+        return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:32]
 
 
 def load_index(folder: str | Path, *, files: bool = True) -> MdsFolder:
@@ -73,16 +93,14 @@ def load_index(folder: str | Path, *, files: bool = True) -> MdsFolder:
     Refused with `DataError` (file, shard and field named): malformed JSON, another version or format, wrong
     types, negative or impossible sizes, unknown hashes or encodings, `pkl` columns, compressions other than
     zstd without a raw file beside, and names that leave the folder by `..`, an absolute path or a link.
+    The files of a remote folder (a URL) are not looked for; its entries have the URLs to fetch them.
     """
-    folder = Path(folder)
-    path = folder / "index.json"
-    if not path.is_file():
-        problem = "not a file" if os.path.lexists(path) else "no such file"
-        raise DataError(f"{problem}; expected a folder of MDS shards with an index.json", path=path)
+    url = folder if isinstance(folder, str) and is_url(folder) else None
+    folder = folder if url is not None else Path(folder)
+    path = Path(redact(url) if url is not None else folder) / "index.json"
+    content = _index_bytes(path) if url is None else read(str(below(url, "index.json")))
     try:
-        index = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", path=path) from error
+        index = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"not valid JSON: {error}", path=path) from error
     if not isinstance(index, dict) or index.get("version") != 2 or isinstance(index["version"], bool):
@@ -91,16 +109,26 @@ def load_index(folder: str | Path, *, files: bool = True) -> MdsFolder:
     listed = index.get("shards")
     if not isinstance(listed, list):
         raise DataError(f"shards is {_shown(listed)}; expected a list", path=path, field="shards")
-    reader = _IndexReader(path, files=files)
+    reader = _IndexReader(path, files=files and url is None, url=url)
     return MdsFolder(folder, tuple(reader.shard(k, entry) for k, entry in enumerate(listed)))
 
 
-def read_documents(folder: str | Path, *, bytes_dtype: str = "int64") -> Iterator[NDArray[np.integer[Any]]]:
-    """Yield the documents of one MDS folder as 1-D integer arrays, in index order.
+def _index_bytes(path: Path) -> bytes:
+    if not path.is_file():
+        problem = "not a file" if os.path.lexists(path) else "no such file"
+        raise DataError(f"{problem}; expected a folder of MDS shards with an index.json", path=path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", path=path) from error
 
-    Pure numpy, no cache: one shard is in memory at a time (a raw one is mapped). Hashes are checked where the
-    index has them. Arrays are new and of the stored type; a `bytes` column is read as `bytes_dtype`. Raises
-    `DataError` naming shard and sample.
+
+def read_documents(folder: str | Path, *, bytes_dtype: str = "int64") -> Iterator[NDArray[np.integer[Any]]]:
+    """Yield the documents of one MDS folder, or of a remote one, as 1-D integer arrays, in index order.
+
+    Pure numpy, no cache: one shard is in memory at a time (a raw one is mapped, a remote one fetched). Hashes are
+    checked where the index has them. Arrays are new and of the stored type; a `bytes` column is read as
+    `bytes_dtype`. Raises `DataError` naming shard and sample.
     """
     for entry in load_index(folder).shards:
         yield from read_shard(entry, bytes_dtype=bytes_dtype)
@@ -108,7 +136,9 @@ def read_documents(folder: str | Path, *, bytes_dtype: str = "int64") -> Iterato
 
 def read_shard(entry: ShardEntry, *, bytes_dtype: str = "int64") -> Iterator[NDArray[np.integer[Any]]]:
     """Yield the documents of one shard; see `read_documents`."""
-    if entry.path.is_file():
+    if entry.url is not None:
+        yield from _documents(memoryview(fetch_shard(entry)), entry, bytes_dtype)
+    elif entry.path.is_file():
         if not entry.path.stat().st_size:
             raise DataError("the file is empty", path=entry.path)
         with open(entry.path, "rb") as file:
@@ -120,12 +150,24 @@ def read_shard(entry: ShardEntry, *, bytes_dtype: str = "int64") -> Iterator[NDA
         yield from _documents(memoryview(b"".join(inflate(entry))), entry, bytes_dtype)
 
 
+def fetch_shard(entry: ShardEntry, policy: FetchPolicy = DEFAULT_POLICY) -> bytes:
+    """The raw bytes of a remote shard, checked like a local one."""
+    assert entry.url is not None
+    content = read(
+        entry.url, size=entry.raw_bytes if entry.zip_path is None else entry.zip_bytes, policy=policy
+    )
+    if entry.zip_path is not None:
+        return b"".join(inflate_bytes(content, entry))
+    check_hashes(content, entry.raw_hashes, entry.place)
+    return content
+
+
 def shard_token_column(entry: ShardEntry, *, bytes_dtype: str = "int64") -> TokenColumn:
     """`token_column` of one shard; its `DataError` names the shard."""
     try:
         return token_column(entry.columns, bytes_dtype=bytes_dtype)
     except DataError as error:
-        raise DataError(error.problem, path=entry.path, field=error.field) from None
+        raise DataError(error.problem, path=entry.raw_place, field=error.field) from None
 
 
 def _documents(raw: memoryview, entry: ShardEntry, bytes_dtype: str) -> Iterator[NDArray[np.integer[Any]]]:
@@ -135,7 +177,7 @@ def _documents(raw: memoryview, entry: ShardEntry, bytes_dtype: str) -> Iterator
         try:
             tokens = sample_tokens(raw[begin:end], entry.columns, column)
         except ValueError as error:
-            raise DataError(str(error), path=entry.path, sample=k, field=column.name) from error
+            raise DataError(str(error), path=entry.raw_place, sample=k, field=column.name) from error
         yield tokens
 
 
@@ -158,8 +200,8 @@ def _shown(value: object) -> str:
 class _IndexReader:
     """Checks the shard entries of one index; every error names the index, the shard and the field."""
 
-    def __init__(self, path: Path, *, files: bool) -> None:
-        self.path, self.files = path, files
+    def __init__(self, path: Path, *, files: bool, url: str | None = None) -> None:
+        self.path, self.files, self.url = path, files, url
         self.root = os.path.realpath(path.parent)
         self.seen: dict[str, str] = {}
         self.columns: dict[tuple[Any, ...], Columns] = {}
@@ -195,6 +237,7 @@ class _IndexReader:
             raw_hashes=raw_hashes,
             zip_hashes=zip_hashes,
             columns=self.column_table(where, entry),
+            url=self.url_of(zip_path or raw_path),
         )
         if self.files:
             self.check_files(where, found)
@@ -292,6 +335,12 @@ class _IndexReader:
                 )
         key = (*names, None, *encodings)
         return self.columns.setdefault(key, Columns(tuple(names), tuple(encodings), tuple(sizes)))
+
+    def url_of(self, path: Path) -> str | None:
+        if self.url is None:
+            return None
+        names = [quote(part) for part in path.relative_to(self.path.parent).parts]
+        return str(below(self.url, *names))
 
     def check_files(self, where: str, entry: ShardEntry) -> None:
         pairs = [(entry.path, entry.raw_bytes), (entry.zip_path, entry.zip_bytes)]

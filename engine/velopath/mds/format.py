@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from velopath.errors import DataError
+from velopath.urls import redact
 
 MAX_SHARD_BYTES = (1 << 32) - 1
 """Offsets are u32, so a raw shard is smaller than 4 GiB."""
@@ -51,7 +52,8 @@ class Columns:
 class ShardEntry:
     """One shard of an index: `path` is the raw file, `zip_path` the zstd file or None where there is none.
 
-    `raw_bytes` and `zip_bytes` are the sizes that the index states; the hashes map an algorithm to hex.
+    `raw_bytes` and `zip_bytes` are the sizes that the index states; the hashes map an algorithm to hex. `url` is that
+    of the file to fetch, with its credentials, where the folder is remote; the paths are then only names.
     """
 
     path: Path
@@ -63,6 +65,17 @@ class ShardEntry:
     raw_hashes: Mapping[str, str]
     zip_hashes: Mapping[str, str]
     columns: Columns
+    url: str | None = field(default=None, repr=False)
+
+    @property
+    def place(self) -> str:
+        """The file that is fetched or read, for messages: no credentials."""
+        return redact(self.url) if self.url is not None else str(self.zip_path or self.path)
+
+    @property
+    def raw_place(self) -> str:
+        """The shard, for messages about what its raw bytes hold."""
+        return redact(self.url) if self.url is not None else str(self.path)
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,7 @@ def sample_offsets(shard: memoryview, entry: ShardEntry) -> NDArray[np.int64]:
     """
 
     def wrong(problem: str, field: str) -> DataError:
-        return DataError(problem, path=entry.path, field=field)
+        return DataError(problem, path=entry.raw_place, field=field)
 
     if len(shard) != entry.raw_bytes:
         raise wrong(f"the shard has {len(shard)} bytes, its index says {entry.raw_bytes}", "raw_data.bytes")
@@ -164,7 +177,7 @@ def sample_offsets(shard: memoryview, entry: ShardEntry) -> NDArray[np.int64]:
         first = int(falling[0])
         raise DataError(
             f"offsets fall from {offsets[first]} to {offsets[first + 1]}",
-            path=entry.path,
+            path=entry.raw_place,
             sample=first,
             field="offset",
         )
@@ -243,7 +256,7 @@ def hasher(name: str) -> Callable[[], Any] | None:
     return None
 
 
-def check_hashes(content: bytes | memoryview, expected: Mapping[str, str], path: Path) -> None:
+def check_hashes(content: bytes | memoryview, expected: Mapping[str, str], path: str | Path) -> None:
     """Raise `DataError` unless `content` has every hash of `expected` (algorithm -> hex)."""
     for name, digest in expected.items():
         make = hasher(name)
@@ -254,7 +267,7 @@ def check_hashes(content: bytes | memoryview, expected: Mapping[str, str], path:
         compare_hash(name, running.hexdigest(), digest, path)
 
 
-def compare_hash(name: str, found: str, expected: str, path: Path) -> None:
+def compare_hash(name: str, found: str, expected: str, path: str | Path) -> None:
     """Raise `DataError` unless the two hex digests are the same."""
     if found != expected.lower():
         raise DataError(

@@ -25,7 +25,12 @@ def inflate(entry: ShardEntry) -> Iterator[bytes]:
         raise DataError(
             "the shard is missing; fetch it or remove it from index.json", path=path or entry.path
         )
-    zipped = path.read_bytes()
+    yield from inflate_bytes(path.read_bytes(), entry)
+
+
+def inflate_bytes(zipped: bytes, entry: ShardEntry) -> Iterator[bytes]:
+    """The same, where the bytes of the zstd file are at hand."""
+    path = entry.place
     if entry.zip_bytes is not None and len(zipped) != entry.zip_bytes:
         raise DataError(
             f"the file has {len(zipped)} bytes, its index says {entry.zip_bytes}",

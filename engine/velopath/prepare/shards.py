@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from velopath.durable import sync_folder, write_durably
-from velopath.mds import MdsWriter
+from velopath.mds import MdsWriter, load_index
+from velopath.token_counts import write_counts
 
 _SAMPLE_OVERHEAD = 24
 _SHARD_OVERHEAD = 512
@@ -38,13 +39,14 @@ class ShardFormat:
 @dataclass(frozen=True)
 class ShardTask:
     """Write `documents` documents, those of `parts` after the first `skip`, as the one shard of the MDS `folder`;
-    `bytes` is about its raw size."""
+    `bytes` is about its raw size, `tokens` what the documents hold without ends."""
 
     domain: int
     parts: tuple[Path, ...]
     skip: int
     documents: int
     bytes: int
+    tokens: int
     folder: Path
     form: ShardFormat
 
@@ -82,6 +84,7 @@ def plan_shards(domain: int, parts: Sequence[Path], folder: Path, form: ShardFor
                 skip=first - int(starts[a]),
                 documents=last - first,
                 bytes=int(ends[last - 1]) - before,
+                tokens=int(lengths[first:last].sum()),
                 folder=folder / f"{len(tasks):05d}",
                 form=form,
             )
@@ -105,7 +108,7 @@ def write_shard(task: ShardTask) -> None:
 
 
 def join_shards(tasks: Sequence[ShardTask], target: Path) -> None:
-    """Move the shards of `tasks` into the MDS folder `target`, which has its index last."""
+    """Move the shards of `tasks` into the MDS folder `target`, with its index and the tokens of each shard."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     entries: list[dict[str, Any]] = []
@@ -121,6 +124,7 @@ def join_shards(tasks: Sequence[ShardTask], target: Path) -> None:
     write_durably(
         target / "index.json", json.dumps({"version": 2, "shards": entries}, sort_keys=True).encode()
     )
+    write_counts(load_index(target), [task.tokens for task in tasks])
     sync_folder(target.parent)
 
 

@@ -1,0 +1,266 @@
+"""Remote files: objects at s3://, gs://, az:// and http(s):// URLs through obstore, other schemes through fsspec.
+
+A fetch notices a stall (no byte for some seconds) and a body that is cut short, and is tried again with exponential
+backoff and jitter. Credentials may stand in the environment (`AWS_*`, `GOOGLE_*`, `AZURE_*`) or in a URL; what is shown
+in errors and logs holds none (`velopath.urls`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import random
+import threading
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from velopath.errors import ConfigError, DataError
+from velopath.urls import redact, redact_text
+
+logger = logging.getLogger("velopath.remote")
+
+OBSTORE = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "http", "https")
+_WEB = ("http", "https")
+_SETTINGS = ("AWS_", "GOOGLE_", "AZURE_")
+_CHUNK_BYTES = 1 << 18
+
+
+class FetchError(DataError):
+    """A remote file could not be fetched, after every attempt; the message names its URL without credentials."""
+
+
+class MissingError(FetchError):
+    """There is no such remote file, or none that may be seen: S3 denies what is not there to who may not list."""
+
+
+@dataclass(frozen=True)
+class FetchPolicy:
+    """How patient a fetch is.
+
+    It is given up after `attempts` attempts; an attempt ends where `stall_seconds` pass without a byte. Between two
+    attempts it waits `backoff_seconds` * 2^n, at most `longest_seconds`, times a random factor of 0.5 to 1.
+    """
+
+    attempts: int = 5
+    stall_seconds: float = 10.0
+    backoff_seconds: float = 0.25
+    longest_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or not self.stall_seconds > 0 or not self.backoff_seconds >= 0:
+            raise ConfigError(
+                f"{self}: expected 1 attempt or more, a stall of more than 0 s and a backoff of 0 s or more"
+            )
+
+    def delay(self, attempt: int) -> float:
+        """Seconds to wait behind attempt number `attempt`, counted from 0."""
+        return min(self.longest_seconds, self.backoff_seconds * 2.0**attempt) * random.uniform(0.5, 1)
+
+
+DEFAULT_POLICY = FetchPolicy()
+
+
+def read(
+    url: str,
+    *,
+    size: int | None = None,
+    policy: FetchPolicy = DEFAULT_POLICY,
+    stop: threading.Event | None = None,
+) -> bytes:
+    """The content of the object at `url`, which has `size` bytes where that is known; `stop` ends it early.
+
+    Raises `FetchError` where it is not there, not allowed, or every attempt fails; `ConfigError` where the package for
+    its scheme is missing.
+    """
+    shown, problem, stop = redact(url), "", stop or threading.Event()
+    for attempt in range(policy.attempts):
+        if attempt:
+            delay = policy.delay(attempt - 1)
+            logger.warning(
+                "fetch of %s: %s; attempt %d of %d in %.1f s", shown, problem, attempt + 1, policy.attempts, delay
+            )  # fmt: skip
+            stop.wait(delay)
+        if stop.is_set():
+            raise FetchError("the fetch was stopped", path=shown)
+        try:
+            return _read_once(url, size, policy.stall_seconds, stop)
+        except ConfigError:
+            raise
+        except (FileNotFoundError, PermissionError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise MissingError(f"no such file; {_advice(url)}", path=shown) from None
+            raise MissingError(f"access is denied; {_advice(url)}", path=shown) from None
+        except Exception as error:
+            if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
+                raise MissingError(f"access is denied; {_advice(url)}", path=shown) from None
+            problem = _first_line(error, url)
+    raise FetchError(
+        f"cannot be fetched, {policy.attempts} attempts failed, the last one by: {problem}", path=shown
+    )
+
+
+def read_if_there(url: str, policy: FetchPolicy = DEFAULT_POLICY) -> bytes | None:
+    """`read`, None where there is no such file."""
+    try:
+        return read(url, policy=policy)
+    except MissingError:
+        return None
+
+
+def has(url: str, policy: FetchPolicy = DEFAULT_POLICY) -> bool:
+    """Whether there is a file, which is read to find out."""
+    return read_if_there(url, policy) is not None
+
+
+def folders(url: str, policy: FetchPolicy = DEFAULT_POLICY) -> list[str]:
+    """Names of the folders right below `url`, sorted. Raises `ConfigError` where its store cannot list (http)."""
+    scheme = urlsplit(url).scheme
+    try:
+        if scheme in _WEB:
+            raise ConfigError(
+                f"{redact(url)}: a web server lists no folders; give a mapping domain -> URL, or a folder of prepare, "
+                "which has a domains.json"
+            )
+        if scheme in OBSTORE:
+            store, path = _store(url, policy.stall_seconds)
+            listed = _obstore().list_with_delimiter(store, path or None)["common_prefixes"]
+            return sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in listed)
+        system, path = _fsspec().core.url_to_fs(url)
+        return sorted(
+            e["name"].rstrip("/").rsplit("/", 1)[-1] for e in system.ls(path) if e["type"] == "directory"
+        )
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise FetchError(f"cannot be listed: {_first_line(error, url)}", path=redact(url)) from None
+
+
+def _advice(url: str) -> str:
+    hint = {"s3": "AWS_*", "gs": "GOOGLE_*", "az": "AZURE_*"}.get(urlsplit(url).scheme)
+    where = f"environment ({hint})" if hint else "URL"
+    if "***" in url:
+        where += "; this URL was recorded without its credentials, give it again whole"
+    return f"check the name, and the credentials in the {where}"
+
+
+def _first_line(error: BaseException, url: str) -> str:
+    text = str(error).strip().splitlines()
+    return redact_text(f"{type(error).__name__}: {text[0] if text else ''}", url)[:400]
+
+
+def _read_once(url: str, size: int | None, stall_seconds: float, stop: threading.Event) -> bytes:
+    content = bytearray()
+    chunks = _chunks(url, stall_seconds)
+    for chunk in chunks:
+        content += memoryview(chunk)
+        if (size is not None and len(content) > size) or stop.is_set():
+            break
+    if size is not None and len(content) != size:
+        more = "more than " if len(content) > size else ""
+        raise OSError(f"the body has {more}{min(len(content), size)} bytes, expected {size}")
+    return bytes(content)
+
+
+def _chunks(url: str, stall_seconds: float) -> Iterator[Any]:
+    """Pieces of an object as they come; raises where none comes for `stall_seconds`."""
+    if urlsplit(url).scheme in OBSTORE:
+        store, path = _store(url, stall_seconds)
+        found = _obstore().get(store, path)
+        expected, given = found.meta["size"], 0
+        for chunk in found.stream(min_chunk_size=_CHUNK_BYTES):
+            given += len(chunk)
+            yield chunk
+        if given != expected:
+            raise OSError(f"the body ended after {given} of {expected} bytes")
+        return
+    yield from _watched(_fsspec().open(url, "rb").open, stall_seconds)
+
+
+def _watched(opened: Any, stall_seconds: float) -> Iterator[bytes]:
+    """Blocks of a file whose reads cannot be interrupted: read in a thread, which a stall leaves behind."""
+    blocks: queue.Queue[bytes | BaseException] = queue.Queue(maxsize=8)
+    stop = threading.Event()
+
+    def fill() -> None:
+        try:
+            with opened() as file:
+                while not stop.is_set():
+                    block = file.read(_CHUNK_BYTES)
+                    blocks.put(block)
+                    if not block:
+                        return
+        except BaseException as error:
+            blocks.put(error)
+
+    threading.Thread(target=fill, daemon=True, name="velopath-fetch").start()
+    try:
+        while True:
+            try:
+                block = blocks.get(timeout=stall_seconds)
+            except queue.Empty:
+                raise TimeoutError(f"no byte came for {stall_seconds:g} s") from None
+            if isinstance(block, BaseException):
+                raise block
+            if not block:
+                return
+            yield block
+    finally:
+        stop.set()
+
+
+def _obstore() -> Any:
+    try:
+        import obstore
+        import obstore.store
+    except ImportError:
+        raise ConfigError(
+            "s3://, gs://, az:// and http(s):// need the package obstore: pip install 'velopath[remote]'"
+        ) from None
+    return obstore
+
+
+def _fsspec() -> Any:
+    try:
+        import fsspec
+    except ImportError:
+        raise ConfigError(
+            "URLs of this scheme need the package fsspec: pip install 'velopath[remote]'"
+        ) from None
+    return fsspec
+
+
+def _store(url: str, stall_seconds: float) -> tuple[Any, str]:
+    """The store of a URL and the path in it."""
+    parts = urlsplit(url)
+    path = unquote(parts.path).strip("/")
+    query = f"?{parts.query}" if parts.query and parts.scheme in _WEB else ""
+    settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(_SETTINGS)))
+    user, _, host = parts.netloc.rpartition("@") if parts.scheme in _WEB else ("", "", parts.netloc)
+    root = f"{parts.scheme}://{host}{query}"
+    return _open_store(root, stall_seconds, unquote(user), (os.getpid(), settings)), path
+
+
+@lru_cache(maxsize=64)
+def _open_store(root: str, stall_seconds: float, user: str, _of: object) -> Any:
+    """A store, kept for its connections. Its own retries are off: ours count attempts and notice short bodies."""
+    endpoints = [
+        os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")
+    ]
+    plain = root.startswith("http://") or any(e.startswith("http://") for e in endpoints)
+    seconds = timedelta(seconds=stall_seconds)
+    options: dict[str, Any] = {
+        "connect_timeout": seconds,
+        "read_timeout": seconds,
+        "timeout": timedelta(days=1),
+    }
+    if plain or os.environ.get("AWS_ALLOW_HTTP", "").lower() == "true":
+        options["allow_http"] = True
+    if user:
+        options["default_headers"] = {"authorization": f"Basic {b64encode(user.encode()).decode()}"}
+    return _obstore().store.from_url(root, client_options=options, retry_config={"max_retries": 0})

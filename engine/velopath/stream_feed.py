@@ -1,0 +1,235 @@
+"""The feed of a sampler on remote shards: it fetches ahead what the plan needs, attaches it, and releases the steps.
+
+The plan of the coming steps is known exactly (`Sampler.scout` of the core), and so is the order in which their shards
+are first needed. Threads fetch in that order; a step is released to the reader threads when all its shards are
+attached; a shard is detached behind its last step in sight where the cache has a limit. A push changes the plan from
+its step on: the feed looks again. Where the shards of the next step do not come, `next` waits, and raises what the
+fetch raised.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from velopath import _core
+from velopath.cache import Cache
+from velopath.errors import DataError
+from velopath.mds import ShardEntry
+
+logger = logging.getLogger("velopath.remote")
+
+_ROWS_AHEAD = 1 << 17  # of all ranks: as far as the plan is looked at
+_STEPS_AHEAD = 1024
+_CHUNK = 32  # steps looked at in one go
+_MOST_ATTACHED = 8192  # maps of a process are limited
+_POLL_SECONDS = 0.05
+_LONG_SECONDS = 1.0
+
+Shard = tuple[int, int]
+"""Domain and number of a shard."""
+
+
+class FeedReport(NamedTuple):
+    """What a feed did so far: shards and bytes fetched by this sampler, steps that waited for one, and how long."""
+
+    fetched: int
+    fetched_bytes: int
+    waits: int
+    wait_seconds: float
+
+
+@dataclass
+class _Plan:
+    """The shards of the coming steps from `first` on, and the cursor behind them."""
+
+    id: int
+    first: int
+    steps: deque[list[Shard]]
+    behind: tuple[int, Sequence[int], Sequence[int]]
+    ended: bool = False
+
+
+class Feed:
+    """Feeds one sampler in threads of its own; `streams` are the attachable ones by domain, with their shards."""
+
+    def __init__(
+        self,
+        core: _core.Sampler,
+        streams: Mapping[int, tuple[_core.TokenStream, Sequence[ShardEntry]]],
+        cache: Cache,
+        *,
+        global_rows: int,
+        threads: int = 4,
+        ahead: int = 16,
+    ) -> None:
+        self._core, self._streams, self._cache = core, streams, cache
+        self._horizon = max(_CHUNK, min(_STEPS_AHEAD, _ROWS_AHEAD // global_rows))
+        self._ahead = ahead
+        self._attached: dict[Shard, None] = {}
+        self._fetching: dict[Shard, Future[None]] = {}
+        self._failed: dict[Shard, BaseException] = {}
+        self._plan: _Plan | None = None
+        self._wake = threading.Event()
+        self._look_at = 0  # the step at which the plan is to be looked at again
+        self._stop = False
+        self._waits, self._wait_seconds = 0, 0.0
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="velopath-fetch")
+        self._threads = threads
+        self._director = threading.Thread(target=self._run, daemon=True, name="velopath-feed")
+        self._director.start()
+
+    @property
+    def report(self) -> FeedReport:
+        """What was fetched and waited for."""
+        return FeedReport(self._cache.fetched, self._cache.fetched_bytes, self._waits, self._wait_seconds)
+
+    def wake(self) -> None:
+        """Look at the plan again: a step was handed out, or the plan changed."""
+        self._wake.set()
+
+    def handed(self, step: int) -> None:
+        """Steps before `step` were handed out: look at the plan again where half of it is."""
+        if step >= self._look_at:
+            self._wake.set()
+
+    def waited(self, step: int, seconds: float) -> None:
+        """Record that `step` waited for its shards."""
+        self._waits += 1
+        self._wait_seconds += seconds
+        if seconds > _LONG_SECONDS:
+            logger.warning(
+                "step %d waited %.1f s for its shards; fetches are slower than the steps", step, seconds
+            )
+
+    def close(self) -> None:
+        """End the threads and give back every shard; a fetch that is under way is left to end by itself."""
+        self._stop = True
+        self._cache.stop.set()
+        self._wake.set()
+        self._director.join()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._cache.close()
+
+    # -- the director's thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stop:
+                self._wake.clear()
+                self._turn()
+                self._wake.wait(_POLL_SECONDS)
+        except BaseException as error:  # whatever it is, next() must not wait for a dead thread
+            if not self._stop:
+                self._core.fail(f"the feed of remote shards ended: {error!r}", "")
+
+    def _turn(self) -> None:
+        self._collect()
+        plan = self._look_ahead()
+        needed = dict.fromkeys(shard for step in plan.steps for shard in step)
+        self._look_at = plan.first + len(plan.steps) // 2 if self._cache.limit is None else plan.first + 1
+        self._detach(needed)
+        self._release(plan)
+        self._fetch(needed, plan)
+
+    def _collect(self) -> None:
+        """Take in the fetches that ended."""
+        for shard in [s for s, future in self._fetching.items() if future.done()]:
+            error = self._fetching.pop(shard).exception()
+            if error is None:
+                self._attached[shard] = None
+            else:
+                self._failed[shard] = error
+
+    def _look_ahead(self) -> _Plan:
+        """The plan without the steps handed out, looked at further where few shards are missing."""
+        plan, step = self._plan, self._core.step
+        if plan is not None:
+            while plan.steps and plan.first < step:
+                plan.steps.popleft()
+                plan.first += 1
+            if plan.first != step:  # a state was loaded
+                plan = None
+        if plan is None:
+            id, first, _, at, drawn, error = self._core.scout(None, [], [], 0)
+            plan = _Plan(id, first, deque(), (at, drawn, error))
+            self._failed.clear()
+        missing = {shard for step in plan.steps for shard in step} - set(self._attached)
+        while not plan.ended and len(plan.steps) < self._horizon and len(missing) < self._ahead:
+            id, first, steps, at, drawn, error = self._core.scout(*plan.behind, _CHUNK)
+            if id != plan.id:  # a push or a load: what was seen is void
+                self._plan = None
+                return self._look_ahead()
+            plan.steps.extend(steps)
+            plan.behind = (at, drawn, error)
+            plan.ended = len(steps) < _CHUNK
+            missing.update(shard for step in steps for shard in step if shard not in self._attached)
+        self._plan = plan
+        return plan
+
+    def _detach(self, needed: Mapping[Shard, None]) -> None:
+        """Let go of what the plan does not need in sight, where the limit asks for it."""
+        if self._cache.limit is None and len(self._attached) < _MOST_ATTACHED:
+            return
+        for shard in [s for s in self._attached if s not in needed]:
+            stream, entries = self._streams[shard[0]]
+            stream.detach(shard[1])
+            self._cache.release(entries[shard[1]])
+            del self._attached[shard]
+
+    def _release(self, plan: _Plan) -> None:
+        """Release the steps before the first one that lacks a shard; tell why where its fetch failed."""
+        ready = plan.first
+        lacking: list[Shard] = []
+        for step in plan.steps:
+            lacking = [s for s in step if s not in self._attached]
+            if lacking:
+                break
+            ready += 1
+        else:
+            ready += plan.ended  # the core finds out by itself that the stream ends
+        if not self._core.release(ready, plan.id):  # a push or a load came in between
+            self._plan = None
+            self._wake.set()
+            return
+        failed = next((s for s in lacking if s in self._failed), None)
+        if failed is not None:
+            error = self._failed[failed]
+            place = self._streams[failed[0]][1][failed[1]].place
+            if isinstance(error, DataError):
+                self._core.fail(error.problem, str(error.path))
+            else:
+                self._core.fail(repr(error), place)
+
+    def _fetch(self, needed: Mapping[Shard, None], plan: _Plan) -> None:
+        """Start fetches in the order of need, as long as there are threads and, but for the next step, room."""
+        urgent = next((s for s in plan.steps if any(x not in self._attached for x in s)), [])
+        waits = self._core.waits
+        under_way = sum(self._streams[k][1][s].raw_bytes for k, s in self._fetching)
+        for shard in needed:
+            if len(self._fetching) >= self._threads:
+                return
+            if shard in self._attached or shard in self._fetching or shard in self._failed:
+                continue
+            size = self._streams[shard[0]][1][shard[1]].raw_bytes
+            if not (waits and shard in urgent) and not self._cache.has_room(size + under_way):
+                return
+            under_way += size
+            self._fetching[shard] = future = self._pool.submit(self._bring, shard)
+            future.add_done_callback(lambda _: self._wake.set())
+
+    def _bring(self, shard: Shard) -> None:
+        """Fetch one shard and attach it."""
+        stream, entries = self._streams[shard[0]]
+        entry = entries[shard[1]]
+        path = self._cache.hold(entry)
+        try:
+            stream.attach(shard[1], str(path))
+        except BaseException:
+            self._cache.release(entry)
+            raise
