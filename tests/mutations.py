@@ -168,12 +168,6 @@ MUTATIONS = [
         "if depth > MAX_YAML_DEPTH:", "if False:", "test_config.py::test_a_malformed_file_is_refused",
     ),
     engine(
-        "R13", "JSON that is too deep is an error of ours", "runfolder.py",
-        "except (ValueError, RecursionError) as error:\n            raise DataError(f\"not JSON: {error}\"",
-        "except ValueError as error:\n            raise DataError(f\"not JSON: {error}\"",
-        "test_fuzz_files.py::test_the_table_of_domains",
-    ),
-    engine(
         "R17", "a sampler that is closed lets go of its log", "audit.py",
         "            os.close(self._file)\n            self._file = -1",
         "            fcntl.flock(self._file, fcntl.LOCK_UN)\n            self._file = -1",

@@ -236,9 +236,11 @@ def test_ranks_that_read_by_other_weights_save_nothing(data: Path, tmp_path: Pat
     """Rank 1 pushes other weights at step 5: the hashes of the stream differ at the save of step 7, on both ranks."""
     path, run = write_config(tmp_path / "run.yaml", data), tmp_path / "run"
     ranks = start_ranks(2, "train", path, "--run", run, "--until", "16", code=OTHER_WEIGHTS)
-    for ended in [process.wait(120) for process in ranks]:
-        assert ended.code == 1, ended
-        assert "up to step 7 the ranks read by different weights; nothing was saved there" in ended.err
+    ended = [process.wait(120) for process in ranks]
+    assert [rank.code for rank in ended] == [1, 1], ended
+    # The one that is slower may see the other's end instead.
+    said = "up to step 7 the ranks read by different weights; nothing was saved there"
+    assert any(said in rank.err for rank in ended), ended
     assert not list((run / "checkpoints").rglob("step-*"))
 
 

@@ -7,7 +7,7 @@ Every error carries the exit code of the command that ends with it:
 | 0 | | done |
 | 1 | `VelopathError` | anything else |
 | 2 | `ConfigError` | the configuration or an argument is wrong; nothing was run |
-| 3 | `DataError` | a data file is missing, malformed or does not fit |
+| 3 | `DataError` | a data file is missing, malformed or does not fit, or a file cannot be written (`WriteError`) |
 | 4 | `StoppedError` | stopped on request, a checkpoint was saved |
 | 5 | `NumericalError` | NaN, infinity or a diverged loss |
 | 6 | `AlarmError` | stopped by an alarm, a checkpoint was saved |
