@@ -216,7 +216,8 @@ def test_a_dry_run_shows_all_and_writes_nothing(config_file: Path, finished: Pat
 def test_train_prints_progress_in_lines_or_as_bars(config_file: Path, tmp_path: Path) -> None:
     lines = velopath("train", config_file, "--run", tmp_path / "lines", "--until", "16")
     assert re.search(
-        r"main  16/16  \d\.\d+ nats  [\d.]+k tokens/s  rate 1.00e-02  code \d+ prose \d+", lines.out
+        r"main  16/16  \d\.\d+ nats  [\d.]+k tokens/s \([\d.]+ GFLOP/s\)  rate 1.00e-02  code \d+ prose \d+",
+        lines.out,
     )
     bars = velopath("train", config_file, "--run", tmp_path / "bars", "--versions", env={"FORCE_COLOR": "1"})
     assert bars.code == 0, bars.err
