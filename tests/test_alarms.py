@@ -14,7 +14,8 @@ from velopath import alarms
 from velopath.alarms import alarms_now, all_alarms, new_alarms
 from velopath.cli.app import app
 from velopath.cli.explain import alarms_of
-from velopath.config import AlarmsConfig, validate_config
+from velopath.config import validate_config
+from velopath.config_watch import AlarmsConfig
 from velopath.errors import AlarmError, ConfigError, StoppedError
 from velopath.report import write_report
 from velopath.run import Run

@@ -29,6 +29,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "schedule",
         "lineage",
         "plan",
+        "health",
+        "forecast",
     ),
     2: (
         "_core",
@@ -52,6 +54,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "runfolder",
         "runlineage",
         "runconfig",
+        "runhealth",
+        "alarm",
         "runchange",
         "rollback",
         "retention",

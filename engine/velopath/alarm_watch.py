@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from velopath.alarms import new_alarms
-from velopath.config import AlarmsConfig
+from velopath.config_watch import AlarmsConfig
 from velopath.runfolder import RunFolder
 
 COMMAND_SECONDS = 60
@@ -61,12 +61,17 @@ class AlarmWatch:
             self._run(self.limits.on_alarm, said | {"run": str(self.folder.path)})
 
     def _run(self, command: str, value: dict[str, Any]) -> None:
-        try:
-            done = subprocess.run(
-                command, shell=True, input=json.dumps(value), text=True, timeout=COMMAND_SECONDS, check=False
-            )
-            problem = f"ended with exit code {done.returncode}" if done.returncode else None
-        except subprocess.TimeoutExpired:
-            problem = f"took more than {COMMAND_SECONDS} s and was ended"
+        problem = run_command(command, value)
         if problem is not None:
-            self._note(value["segment"], f"alarms.on_alarm: the command {command!r} {problem}")
+            self._note(value["segment"], f"alarms.on_alarm: {problem}")
+
+
+def run_command(command: str, value: Mapping[str, Any]) -> str | None:
+    """Run a shell command of the user's with `value` as JSON on its input; what went wrong, or None."""
+    try:
+        done = subprocess.run(
+            command, shell=True, input=json.dumps(value), text=True, timeout=COMMAND_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"the command {command!r} took more than {COMMAND_SECONDS} s and was ended"
+    return f"the command {command!r} ended with exit code {done.returncode}" if done.returncode else None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from velopath.config import AlarmsConfig
+from velopath.config_watch import AlarmsConfig
 
 Records = Sequence[Mapping[str, Any]]
 

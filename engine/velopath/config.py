@@ -13,25 +13,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from velopath.config_paths import absolute_paths
+from velopath.config_watch import (
+    AlarmsConfig,
+    EvaluateConfig,
+    HealthConfig,
+    PositiveInt,
+    Share,
+    Tree,
+)
 from velopath.errors import ConfigError
 from velopath.urls import is_url, redact
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 1 << 20, 50
-PositiveInt = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Section = TypeVar("Section", bound=Tree)
 
 
-class _Tree(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-Section = TypeVar("Section", bound=_Tree)
-
-
-class SliceConfig(_Tree):
+class SliceConfig(Tree):
     """One version's new data: a prepared folder and the steps of the main path that read it."""
 
     root: str = Field(
@@ -47,7 +47,7 @@ class SliceConfig(_Tree):
     )
 
 
-class DataConfig(_Tree):
+class DataConfig(Tree):
     """What is read: slices in the order of the main path, and the held-out set."""
 
     slices: dict[str, SliceConfig] = Field(min_length=1, description="name -> slice, in reading order")
@@ -95,7 +95,7 @@ class DataConfig(_Tree):
         return self
 
 
-class ModelChoice(_Tree):
+class ModelChoice(Tree):
     """The model: a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) to continue from, or a preset at random."""
 
     hf: str | None = Field(None, description="folder with config.json and safetensors")
@@ -109,7 +109,7 @@ class ModelChoice(_Tree):
     )
 
 
-class ControlConfig(_Tree):
+class ControlConfig(Tree):
     """What moves the weights: a controller, its signal and its targets."""
 
     controller: str = Field(
@@ -154,7 +154,7 @@ class ControlConfig(_Tree):
     )
 
 
-class PathConfig(_Tree):
+class PathConfig(Tree):
     """The learning-rate path: constant main path, branches with a complete decay."""
 
     peak: Annotated[float, Field(gt=0)] = Field(3e-4, description="rate of the main path")
@@ -168,7 +168,7 @@ class PathConfig(_Tree):
     )
 
 
-class TrainConfig(_Tree):
+class TrainConfig(Tree):
     """One optimiser step and the machine it runs on."""
 
     rows: PositiveInt = Field(8, description="rows per rank and step")
@@ -208,7 +208,7 @@ class TrainConfig(_Tree):
         return self
 
 
-class ProxyConfig(_Tree):
+class ProxyConfig(Tree):
     """The proxy trunk that target losses are fitted on: constant rate, original weights."""
 
     steps: PositiveInt = 350
@@ -221,40 +221,7 @@ class ProxyConfig(_Tree):
     law: Literal["auto", "two", "three"] = "auto"
 
 
-class AlarmsConfig(_Tree):
-    """Limits of the alarms, see `velopath.alarms`; null switches a rule off. They change no result."""
-
-    one_hot: Share | None = Field(0.9, description="largest share of a domain")
-    starved: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        0.01, description="share of a domain, 3 controls long"
-    )
-    oscillation: Share | None = Field(0.05, description="mean move of a share that goes to and fro")
-    epochs: Annotated[float, Field(gt=0)] | None = Field(
-        4.0, description="epochs of a domain read in a slice"
-    )
-    regression: Annotated[float, Field(ge=0)] | None = Field(
-        0.1, description="nats above the first loss, and at least 2 standard errors"
-    )
-    stalled: PositiveInt | None = Field(8, description="updates without a fall of a velocity")
-    negative_gap: bool = Field(True, description="first loss at or below the target")
-    on_alarm: str = Field(
-        "log",
-        description="log; stop (with a checkpoint, exit code 6); else a shell command that gets JSON on stdin",
-    )
-
-
-class EvaluateConfig(_Tree):
-    """Evaluations for the record (versions, `velopath eval`); the controller has its own smaller sample."""
-
-    tokens: PositiveInt = Field(16384, description="held-out tokens per domain")
-    batch_rows: PositiveInt = Field(16, description="rows per forward pass")
-    command: str | None = Field(
-        None,
-        description="run on each exported version; {model} {name} {run} {out}; its JSON scores go into the lineage",
-    )
-
-
-class RunConfig(_Tree):
+class RunConfig(Tree):
     """A whole run."""
 
     title: str = "velopath run"
@@ -267,6 +234,7 @@ class RunConfig(_Tree):
     proxy: ProxyConfig = ProxyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     alarms: AlarmsConfig = AlarmsConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _order_fits_packing(self) -> RunConfig:

@@ -20,6 +20,7 @@ FREE = (
     "data.on_bad_shard",
     "control.shadow",
     "evaluate",
+    "health",
     "train.device",
     "train.activation_checkpointing",
     "train.compile",

@@ -14,7 +14,9 @@ from velopath.cli.diff import diff
 from velopath.cli.evaluate import evaluate
 from velopath.cli.explain import explain
 from velopath.cli.export import export
+from velopath.cli.forecast import forecast
 from velopath.cli.gc import gc
+from velopath.cli.health import health
 from velopath.cli.inspect import inspect
 from velopath.cli.log import log
 from velopath.cli.override import override
@@ -56,6 +58,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "log": log,
     "diff": diff,
+    "health": health,
+    "forecast": forecast,
     "override": override,
     "rollback": rollback,
     "gc": gc,

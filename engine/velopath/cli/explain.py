@@ -99,7 +99,8 @@ def alarms_of(folder: RunFolder, limits: Sequence[str] = (), segment: str = "mai
     from omegaconf import OmegaConf
 
     from velopath.alarms import all_alarms
-    from velopath.config import AlarmsConfig, validate_section
+    from velopath.config import validate_section
+    from velopath.config_watch import AlarmsConfig
     from velopath.runconfig import recorded_config
 
     given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(limits)))

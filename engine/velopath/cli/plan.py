@@ -1,11 +1,17 @@
-"""`velopath plan`: what N versions cost, before anything is spent."""
+"""`velopath plan`: what N versions cost, before anything is spent; and planned beside real afterwards."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from velopath.errors import ConfigError
+
+if TYPE_CHECKING:
+    from velopath.config import RunConfig
+    from velopath.plan_price import Price
 
 
 def plan(
@@ -21,19 +27,44 @@ def plan(
         ),
     ] = None,
     alpha: Annotated[float, typer.Option(help="branch share: branch steps / T")] = 0.6,
+    tokens_per_step: Annotated[
+        int | None, typer.Option(help="global batch; default the config's on one rank")
+    ] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(help="throughput of all GPUs together")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="take batch and throughput from this run folder")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that make that throughput")] = 1,
+    price: Annotated[float | None, typer.Option(help="money per GPU and hour")] = None,
+    parameters: Annotated[
+        float | None, typer.Option(help="of the model, for the size of checkpoints: 1.3e9")
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="also draw the cost curves into this file")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
+    html: Annotated[Path | None, typer.Option(help="also write the tables and curves as one page")] = None,
+    csv: Annotated[Path | None, typer.Option(help="also write a row per version and method")] = None,
+    actual: Annotated[
+        Path | None, typer.Option(help="set this run's plan beside what it really cost")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the tables")] = False,
 ) -> None:
-    """Print the cost of PTFS, CPT and path switching per version, and the segments that `train` would run.
+    """Print the cost of PTFS, CPT, WSD-S and path switching per version, what-if over alpha, break-even and storage.
 
-    Example: velopath plan --versions 4 --steps 1000 --alpha 0.6 --png plan.png
+    Examples:
+      velopath plan --versions 4 --steps 1000 --alpha 0.6 --png plan.png
+      velopath plan run.yaml --measured runs/2026 --gpus 8 --price 2.5 --csv plan.csv
+      velopath plan --actual runs/2026
     """
     from velopath.plan import cost_table, make_plan
+    from velopath.plan_price import plan_json
 
+    if actual is not None:
+        _actual(actual, as_json)
+        return
+    loaded = None
     if config is not None:
-        from velopath.config import load_config
+        from velopath.cli.train import resolve
 
-        loaded = load_config(config, overrides or [])
+        loaded, _ = resolve(config, overrides or [], None)
         slices = {name: entry.steps for name, entry in loaded.data.slices.items()}
         alpha = loaded.path.branch_share
     else:
@@ -41,18 +72,143 @@ def plan(
         if len(lengths) == 1:
             lengths *= versions
         slices = {f"slice-{i}": n for i, n in enumerate(lengths, 1)}
-    costs = cost_table(slices, alpha)
-    made = make_plan(slices, alpha)
+    costs, made = cost_table(slices, alpha), make_plan(slices, alpha)
+    paid = _price(loaded, measured, tokens_per_step, tokens_per_second, gpus, price, parameters)
+    value = plan_json(slices, alpha, paid)
     if as_json:
         import json
 
-        typer.echo(json.dumps({"costs": costs.to_json(), "plan": made.to_json()}, indent=2))
+        typer.echo(json.dumps({"costs": costs.to_json(), "plan": made.to_json(), **value}, indent=2))
     else:
         from velopath.cli.show import show_plan
+        from velopath.cli.show_price import show_price
 
         show_plan(costs, made)
+        show_price(value)
+    _files(costs, value, png, html, csv, as_json)
+
+
+def _price(
+    config: RunConfig | None,
+    measured: Path | None,
+    tokens_per_step: int | None,
+    tokens_per_second: float | None,
+    gpus: int,
+    gpu_hour: float | None,
+    parameters: float | None,
+) -> Price:
+    """The price of a step, from the options, the config's batch and evaluations, or a run that was measured."""
+    from velopath.plan_price import Price
+
+    facts: dict[str, Any] = {}
+    if config is not None:
+        train = config.train
+        facts = {"tokens_per_step": train.rows * train.row_tokens, "every": config.control.every}
+        facts["proxy_steps"] = config.proxy.steps if config.control.targets is None else 0
+        domains = _domains(config)
+        facts["evaluation_tokens"] = config.control.heldout_tokens * domains
+        facts["version_tokens"] = config.evaluate.tokens * domains
+    if measured is not None:
+        from statistics import median
+
+        from velopath.runfolder import RunFolder
+
+        records = [r for r in RunFolder(measured).metrics("step") if r.get("tokens_per_second")]
+        if not records:
+            raise ConfigError(
+                f"{measured} has no step with a throughput; train it first, or give --tokens-per-second"
+            )
+        facts["tokens_per_step"] = int(records[-1]["tokens"])
+        # Evaluations and saves have their own time: here only what a training step takes.
+        facts["tokens_per_second"] = median(float(r["tokens_per_second"]) for r in records)
+    given = {"tokens_per_step": tokens_per_step, "tokens_per_second": tokens_per_second}
+    facts |= {name: value for name, value in given.items() if value is not None}
+    return Price(gpus=gpus, gpu_hour=gpu_hour, parameters=parameters, **facts)
+
+
+def _domains(config: RunConfig) -> int:
+    """Domains of the first slice; 0 where its data is not there yet."""
+    from velopath.errors import DataError
+    from velopath.runconfig import slice_folders
+
+    try:
+        return len(slice_folders(config, next(iter(config.data.slices))))
+    except DataError:
+        return 0
+
+
+def _files(
+    costs: Any, value: dict[str, Any], png: Path | None, html: Path | None, table: Path | None, quiet: bool
+) -> None:
     if png is not None:
         from velopath.plots import plot_plan
 
         plot_plan(costs, png)
-        typer.echo(f"curve: {png}", err=as_json)
+        typer.echo(f"curve: {png}", err=quiet)
+    if html is not None:
+        from velopath.cli.show_price import price_page
+
+        price_page(costs, value, html)
+        typer.echo(f"page: {html}", err=quiet)
+    if table is not None:
+        import csv
+
+        with table.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(value["rows"][0]))
+            writer.writeheader()
+            writer.writerows(value["rows"])
+        typer.echo(f"rows: {table}", err=quiet)
+
+
+def _actual(run: Path, as_json: bool) -> None:
+    from velopath.cli.show_price import show_actual
+    from velopath.report.record import read_run
+    from velopath.runfolder import RunFolder
+    from velopath.runlineage import edge_seconds
+
+    folder = RunFolder(run)
+    folder.check_is_run()
+    record = read_run(folder)
+    made = record.ledger.plan
+    if made is None:
+        raise ConfigError(
+            f"{run} has no plan.json: it was not begun by this program's `train`, `run` or `branch`"
+        )
+    rows = []
+    for name in ("main", *dict.fromkeys((*made.versions, *(s.name for s in record.branches)))):
+        planned = made.main_steps if name == "main" else sum(s.steps for s in made.branches if s.name == name)
+        ran = record.segments[name].run_steps if name in record.segments else 0
+        rows.append(
+            {
+                "segment": name,
+                "planned_steps": planned,
+                "actual_steps": ran,
+                "tokens": ran * record.row_tokens,
+                "seconds": edge_seconds(folder, name, -1, 1 << 62),
+            }
+        )
+    ledger = record.ledger
+    value = {
+        "rows": rows,
+        "planned": {
+            "steps": made.steps,
+            "of_ptfs": made.planned_over_ptfs,
+            "of_cpt": made.steps / made.costs["cpt"],
+        },
+        "actual": {
+            "steps": ledger.actual,
+            "of_ptfs": ledger.actual / made.costs["ptfs"],
+            "of_cpt": ledger.actual / made.costs["cpt"],
+        },
+        "beside": {
+            "proxy_steps": ledger.proxy_steps,
+            "base_steps": ledger.base_steps,
+            "evaluation_tokens": ledger.evaluation_tokens,
+        },
+    }
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(value, indent=2))
+    else:
+        show_actual(value)

@@ -130,7 +130,7 @@ def target_line(record: RunRecord, domain: str) -> tuple[list[int | None], list[
     rows = [(s, t) for s, t in rows if t is not None]
     changes = [i for i, (_, t) in enumerate(rows) if i == 0 or t != rows[i - 1][1]]
     end = max((s.end for s in record.walk), default=0)
-    for i, nxt in zip(changes, [*changes[1:], None], strict=True):
+    for i, nxt in zip(changes, [*changes[1:], None][: len(changes)], strict=True):
         until = rows[nxt][0] if nxt is not None else end
         x, y = [*x, rows[i][0], until, None], [*y, rows[i][1], rows[i][1], None]
     return x, y

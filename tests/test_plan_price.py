@@ -1,0 +1,114 @@
+"""The planner's prices: methods side by side, hours, money, what-if, break-even, storage, planned beside real."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from commands import velopath
+from small_run import write_config
+from velopath.errors import ConfigError
+from velopath.plan import cost_table
+from velopath.plan_price import Price, break_even, method_rows, plan_json, storage, what_if
+
+SLICES = [1000] * 4
+
+
+def test_both_sides_of_the_published_share() -> None:
+    value = plan_json(SLICES, 0.6, Price())
+    totals = {method: facts["steps"] for method, facts in value["totals"].items()}
+    assert totals == {"ptfs": 10000, "cpt": 4000, "wsd_s": 4000, "switching": 5800}
+    row = next(r for r in value["what_if"] if r["alpha"] == 0.6)
+    assert (row["of_ptfs"], row["of_cpt"]) == (0.58, 1.45)
+    assert value["totals"]["switching"]["gpu_hours"] is None  # nobody said how fast a step is
+
+
+def test_what_if_and_break_even() -> None:
+    rows = what_if(SLICES, (0.1, 0.6, 1.0))
+    assert [r["steps"] for r in rows] == [4300, 5800, 7000]
+    assert [r["alpha"] for r in what_if([3] * 2, (0.1, 0.5))] == [0.5]  # a tenth of 3 steps is no branch
+    assert break_even(cost_table(SLICES, 0.6)) == {
+        "cheaper_than_ptfs_from": "v2",
+        "half_of_ptfs_from": None,
+        "cpt_passes": 1.45,
+        "extra_steps_over_cpt": 1800,
+    }
+    assert break_even(cost_table([1000] * 6, 0.6))["half_of_ptfs_from"] == "v5"
+    assert break_even(cost_table([1000], 0.6))["cheaper_than_ptfs_from"] is None
+
+
+def test_hours_money_and_overheads() -> None:
+    # 1000 steps of 3600 tokens at 1000 tokens/s are 3600 s on 8 GPUs: 8 GPU hours
+    price = Price(tokens_per_step=3600, tokens_per_second=1000, gpus=8, gpu_hour=2.5)
+    assert (price.hours(1000), price.money(1000)) == (8.0, 20.0)
+    rows = method_rows(cost_table(SLICES, 0.6), price)
+    hours = {m: sum(r.gpu_hours or 0 for r in rows if r.method == m) for m in ("ptfs", "cpt", "switching")}
+    assert hours == pytest.approx({"ptfs": 80, "cpt": 32, "switching": 46.4})
+    assert sum(r.steps for r in rows if r.method == "switching") == 5800
+    # 5400 tokens every 100 steps and 10800 twice a version, forward only: (10 * 5400 + 2 * 10800) / 3 / 3600 steps
+    more = Price(tokens_per_step=3600, evaluation_tokens=5400, version_tokens=10800, every=100)
+    assert more.overhead(1000, 1) == pytest.approx(7.0)
+    with pytest.raises(ConfigError, match="gpu_hour is -1"):
+        Price(gpu_hour=-1)
+
+
+def test_storage() -> None:
+    kept = storage(cost_table(SLICES, 0.6), Price(parameters=1e9))
+    assert kept["ptfs"] == {"versions": 4, "resumable": 0, "bytes": 16e9}
+    assert kept["cpt"]["bytes"] == 28e9
+    assert kept["switching"] == {"versions": 4, "resumable": 5, "bytes": 76e9}
+
+
+def test_the_command_and_its_files(tmp_path: Path) -> None:
+    arguments = (
+        "plan",
+        "-n",
+        4,
+        "-t",
+        1000,
+        "--tokens-per-step",
+        3600,
+        "--tokens-per-second",
+        1000,
+        "--price",
+        2,
+    )
+    names = {kind: tmp_path / f"plan.{kind}" for kind in ("csv", "html", "png")}
+    done = velopath(*arguments, *(part for kind, path in names.items() for part in (f"--{kind}", path)))
+    assert done.code == 0, done.err
+    text = " ".join(done.out.split())
+    assert "58.0%" in text and "145.0%" in text and "could read every slice 1.45 times" in text
+    with names["csv"].open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16 and {r["method"] for r in rows} == {"ptfs", "cpt", "wsd_s", "switching"}
+    assert sum(float(r["money"]) for r in rows if r["method"] == "cpt") == pytest.approx(8.0)
+    page = names["html"].read_text()
+    assert "<svg" in page and "WSD-S" in page and names["png"].stat().st_size > 1000
+    value = json.loads(velopath(*arguments, "--json").out)
+    assert value["costs"]["totals"]["switching"] == value["totals"]["switching"]["steps"] == 5800
+
+
+def test_planned_beside_real_and_a_measured_price(data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", data, control__controller="static")
+    run = tmp_path / "run"
+    assert velopath("train", config, "--run", run, "--versions").code == 0
+    value = json.loads(velopath("plan", "--actual", run, "--json").out)
+    assert value["planned"] == value["actual"] and value["actual"]["steps"] == 104
+    rows = {r["segment"]: r for r in value["rows"]}
+    assert {n: (r["planned_steps"], r["actual_steps"]) for n, r in rows.items()} == {
+        "main": (56, 56),
+        "v1": (24, 24),
+        "v2": (24, 24),
+    }
+    assert all(r["seconds"] > 0 and r["tokens"] == r["actual_steps"] * 128 for r in rows.values())
+    assert "of PTFS" in velopath("plan", "--actual", run).out
+    measured = json.loads(velopath("plan", config, "--measured", run, "--json").out)
+    assert measured["price"]["tokens_per_step"] == 128 and measured["price"]["tokens_per_second"] > 0
+    assert measured["price"]["evaluation_tokens"] == 3 * 200 and measured["price"]["every"] == 5
+    assert measured["totals"]["switching"]["gpu_hours"] > 0
+    refused = velopath("plan", "--measured", tmp_path)
+    assert refused.code == 2 and "no step with a throughput" in refused.err
+    assert velopath("plan", "--actual", tmp_path).code == 3
