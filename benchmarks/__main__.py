@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks.paths import command as paths
 
         return paths.main(arguments[1:])
+    if arguments[:1] == ["mixing"]:
+        from benchmarks.mixing import command as mixing
+
+        return mixing.main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     names = list(
@@ -65,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=NAMES,
         metavar="NAME",
-        help=f"{', '.join(NAMES)}; or alone: paths, a study with options of its own (paths --help)",
+        help=f"{', '.join(NAMES)}; or alone: paths, mixing, studies with options of their own (paths --help)",
     )
     parser.add_argument("--quick", action="store_true", help="smaller and shorter, for a look")
     parser.add_argument(

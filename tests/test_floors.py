@@ -14,6 +14,7 @@ PACKAGE = ROOT / "engine" / "velopath"
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("errors", "urls", "domains", "config", "config_change"),
     1: (
+        "gain",
         "shares",
         "rule_state",
         "velocity",

@@ -150,8 +150,33 @@ def test_refusals(tokens: list[float], losses: list[float], error: type[Exceptio
 
 
 def test_unknown_law() -> None:
-    with pytest.raises(ConfigError, match="law is 'four'; expected 'auto', 'three' or 'two'"):
+    with pytest.raises(ConfigError, match="law is 'four'; expected 'auto', 'three', 'two' or 'prior'"):
         fit_target([1, 2, 3, 4], [4, 3, 2.5, 2.2], law="four")  # type: ignore[arg-type]
+
+
+def test_prior_leads_where_the_points_reach_little() -> None:
+    """Eight points up to 15 % of a run whose loss is still flat from the change of mixture; as in the mixing study."""
+    steps = np.array([36, 42, 48, 54, 60, 68, 76, 90], dtype=float)
+    flat = [4.744, 4.761, 4.735, 4.737, 4.748, 4.751, 4.776, 4.745]
+    short, far = fit_target(steps, flat), fit_target(steps, flat, extrapolation=600 / 90)
+    assert (short.law, far.law) == ("two", "prior")
+    assert short.predict(600) > 4.6  # the flat beginning goes on for ever
+    assert abs(far.predict(600) - 4.344) < 0.15  # what that run came to
+    low, high = far.interval(600)
+    assert low < 4.344 < high and 0.1 < high - low < 0.6
+    assert any("leans on a prior" in text for text in far.warnings)
+    # Worked by hand: with equal weights, x = ln D - mean, beta = (slope Sxx + 0.065 k) / (Sxx + k), k = 2.25.
+    two = fit_target([1.0, 1.0001, 1.0002, 1.0003], [4.0, 4.0, 4.0, 4.0], law="prior")
+    assert two.beta == pytest.approx(0.065, abs=1e-6) and two.predict(1.0) == pytest.approx(4.0, abs=1e-3)
+    assert TargetLaw.from_json(far.to_json()) == far
+
+
+@pytest.mark.parametrize("e", [0.0, 1.5])
+def test_an_exact_law_needs_no_prior(e: float) -> None:
+    tokens = np.geomspace(1e5, 1e6, 7)
+    law = fit_target(tokens, exact(e, 50.0, 0.3, tokens), extrapolation=10.0)
+    assert law.law == "three" or e == 0
+    assert law.predict(1e7) == pytest.approx(float(exact(e, 50.0, 0.3, np.array([1e7]))[0]), abs=0.01)
 
 
 def test_warnings() -> None:

@@ -218,7 +218,7 @@ class ProxyConfig(Tree):
     first: Share = Field(
         0.1, description="first point, as a share of steps; after the warm-up at the earliest"
     )
-    law: Literal["auto", "two", "three"] = "auto"
+    law: Literal["auto", "two", "three", "prior"] = "auto"
 
 
 class RunConfig(Tree):

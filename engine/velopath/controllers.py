@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from velopath.baselines import Schedule, Static, Temperature, Uniform
 from velopath.domains import MixtureWeights, Progress
 from velopath.errors import ConfigError
+from velopath.gain import MarginalGain
 from velopath.rivals import Ado, DoReMi, DynamicBatchLoading, Odm
 from velopath.rule_state import Explanation
 from velopath.velocity import Velocitune
@@ -205,5 +206,5 @@ def _place(controller: Callable[..., Any]) -> str:
 
 
 register("velocitune")(Velocitune)
-for _rule in (Static, Uniform, Temperature, Schedule, DynamicBatchLoading, DoReMi, Ado, Odm):
+for _rule in (Static, Uniform, Temperature, Schedule, DynamicBatchLoading, DoReMi, Ado, Odm, MarginalGain):
     register(_rule.name)(_rule)

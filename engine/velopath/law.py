@@ -27,6 +27,12 @@ HUBER_DELTA = 1e-3
 MIN_POINTS = 4
 FEW_POINTS = 6
 
+LONG_REACH = 3.0
+"""A law read beyond this many times its last tokens is the prior's: `fit_target`."""
+PRIOR_BETA, PRIOR_SPREAD, PRIOR_MISFIT = 0.065, 0.02, 0.03
+"""What the law "prior" believes of beta before it sees a point (mean, standard deviation), and how far a point's ln L
+may lie from any law; set on one run of our mixing study (0.16M parameters, seed 0, natural shares)."""
+
 _FLOAT = NDArray[np.float64]
 _GRID = np.geomspace(*BETA_BOUNDS, 48)
 _LEAST_E = 1e-6  # of the smallest loss: E this small is no E at all
@@ -38,16 +44,16 @@ _REPLICATES = 200
 class TargetLaw:
     """A fitted law L(D) = E + B / D^beta with its evidence.
 
-    `E` in nats, `B` in nats * tokens^beta; `law` is "three" or "two" (then E = 0). `points` are the (tokens, nats)
-    pairs of the fit, by tokens. `huber` is the minimum reached, sum_j Huber(ln L_j - ln L(D_j)) with `delta`.
-    `leave_last_out` is |prediction - loss| in nats at the last point, of the same law fitted to the others: the
+    `E` in nats, `B` in nats * tokens^beta; `law` is "three", or "two" or "prior" (then E = 0). `points` are the
+    (tokens, nats) pairs of the fit, by tokens. `huber` is the minimum reached, sum_j Huber(ln L_j - ln L(D_j)) with
+    `delta`. `leave_last_out` is |prediction - loss| in nats at the last point, of the same law fitted to the others: the
     honest size of an error made by extrapolating. `warnings` are sentences for people.
     """
 
     E: float
     B: float
     beta: float
-    law: Literal["three", "two"]
+    law: Literal["three", "two", "prior"]
     points: tuple[tuple[float, float], ...]
     leave_last_out: float
     huber: float
@@ -95,7 +101,8 @@ class TargetLaw:
         The residuals in ln L, centred and widened by sqrt(n / (n - p)) for p fitted parameters, are drawn with
         replacement 200 times and the law is fitted again, on ever finer grids over beta; the quantiles' distance
         from the law is stretched by Student's t with n - p degrees of freedom over the normal quantile. The same
-        `seed` gives the same band. Raises `ConfigError` unless 0 < level < 1. Our choice.
+        `seed` gives the same band. For the law "prior" the belief about beta is drawn too, from its own spread.
+        Raises `ConfigError` unless 0 < level < 1. Our choice.
         """
         if not 0 < level < 1:
             raise ConfigError(f"level is {level}; expected a share in (0, 1), such as 0.9")
@@ -107,8 +114,19 @@ class TargetLaw:
         drawn = np.random.default_rng(seed).integers(len(counts), size=(_REPLICATES, len(counts)))
         centre = float(np.log(counts).mean())
         at = np.asarray(np.log(np.asarray(tokens, dtype=np.float64)) - centre)
+        if self.law == "prior":
+            belief = np.random.default_rng(seed + 1).normal(PRIOR_BETA, PRIOR_SPREAD, _REPLICATES)
+            level_R, beta_R, middle = _drawn(fitted + residuals[drawn], counts, belief)
+            curves = np.exp(level_R[:, None] - beta_R[:, None] * (at + centre - middle))
+            return self._around(tokens, curves, level, free)
         e, b, beta = _quick_fits(fitted + residuals[drawn], np.log(counts) - centre, self.law, self.delta)
         curves = e[:, None] + b[:, None] * np.exp(-beta[:, None] * at)
+        return self._around(tokens, curves, level, free)
+
+    def _around(
+        self, tokens: Sequence[float] | _FLOAT, curves: _FLOAT, level: float, free: int
+    ) -> tuple[_FLOAT, _FLOAT]:
+        """The band of replicates, (R, len(tokens)), around the law."""
         low, high = np.quantile(curves, [(1 - level) / 2, (1 + level) / 2], axis=0)
         own = self.curve(tokens)  # inside its own band, also where the replicates lean to one side
         low, high = np.minimum(low, own), np.maximum(high, own)
@@ -147,26 +165,38 @@ def fit_target(
     tokens: Iterable[float],
     losses: Iterable[float],
     *,
-    law: Literal["auto", "three", "two"] = "auto",
+    law: Literal["auto", "three", "two", "prior"] = "auto",
     delta: float = HUBER_DELTA,
+    extrapolation: float = 1.0,
 ) -> TargetLaw:
     """The law fitted to held-out losses (nats per token) of one domain after `tokens` training tokens.
 
     Minimises sum_j Huber_delta(ln L_j - ln(exp(b - beta ln D_j) + exp(e))), E = e^e and B = e^b, with beta in
     [0.01, 1.5]: weighted least squares on a grid over beta gives the starts, the best few are polished by L-BFGS-B
-    with the exact gradient. `law` "auto" takes three parameters unless they are not identifiable (E vanishes or
-    beta stands at its lower bound) or the two-parameter law at least halves the error at the last point when the
-    last one (and, from 6 points on, the last two) are left out. Raises `ConfigError` with fewer than 4 points and
+    with the exact gradient. "prior" is the two-parameter law by least squares in ln L over ln D, points weighing as
+    their tokens and beta drawn to a belief: beta = (slope Sxx + b k) / (Sxx + k) with the weighted slope and sum of
+    squares Sxx, b = `PRIOR_BETA`, k = (`PRIOR_MISFIT` / `PRIOR_SPREAD`)^2; it serves where points reach so little that
+    they say the level and hardly the slope, as the first steps of a run do.
+
+    `law` "auto" takes three parameters unless they are not identifiable (E vanishes or beta stands at its lower bound)
+    or the two-parameter law at least halves the error at the last point when the last one (and, from 6 points on, the
+    last two) are left out. Where the law is to be read at `extrapolation` times the last tokens, more than
+    `LONG_REACH`, leaving points out says little of that: then it takes the prior's, unless three parameters meet all
+    points within `delta`. Raises `ConfigError` with fewer than 4 points and
     `NumericalError` on losses that are not positive.
     """
     points = _points(tokens, losses)
-    if law not in ("auto", "three", "two"):
-        raise ConfigError(f"law is {law!r}; expected 'auto', 'three' or 'two'")
-    chosen: Literal["three", "two"] = law if law != "auto" else _choose(points, delta)
+    if law not in ("auto", "three", "two", "prior"):
+        raise ConfigError(f"law is {law!r}; expected 'auto', 'three', 'two' or 'prior'")
+    chosen: Literal["three", "two", "prior"] = law if law != "auto" else _choose(points, delta, extrapolation)
     e, b, beta, cost = _solve(points, chosen, delta)
     counts, values = points
     left = _left_out(points, chosen, delta, 1)
     warnings = _fit_warnings(points, beta)
+    if chosen == "prior":
+        warnings.append(
+            f"the points hardly say the slope: beta {beta:.3f} leans on a prior of {PRIOR_BETA} +- {PRIOR_SPREAD}"
+        )
     if law == "auto" and chosen == "two":
         warnings.append("E is not identifiable from these points: fitted the two-parameter law B / D^beta")
     pairs = tuple(zip(counts.tolist(), values.tolist(), strict=True))
@@ -214,18 +244,26 @@ def _fit_warnings(points: tuple[_FLOAT, _FLOAT], beta: float) -> list[str]:
     return warnings
 
 
-def _choose(points: tuple[_FLOAT, _FLOAT], delta: float) -> Literal["three", "two"]:
+def _choose(
+    points: tuple[_FLOAT, _FLOAT], delta: float, extrapolation: float
+) -> Literal["three", "two", "prior"]:
     e, _, beta, cost = _solve(points, "three", delta)
     if cost < 1e-6 * _solve(points, "two", delta)[3]:  # E is there beyond doubt, also where the curve is flat
         return "three"
-    if e <= 10 * _LEAST_E * points[1].min() or beta <= BETA_BOUNDS[0] * 1.001:
-        return "two"
+    if extrapolation > LONG_REACH and cost > points[0].size * 0.5 * delta**2:
+        return "prior"
     # Predict the last point without it and, where enough points stay, without the last two.
     depths = (1, 2) if points[0].size >= FEW_POINTS else (1,)
-    three, two = (sum(_left_out(points, law, delta, k) for k in depths) for law in ("three", "two"))
+    missed = {law: sum(_left_out(points, law, delta, k) for k in depths) for law in ("three", "two")}
     # One or two errors are a noisy witness, and a missing E costs more than a superfluous one: over 160 synthetic
     # laws (30 % with E = 0, noise 0.2-0.6 %) the mean error at 3x was 0.031 nats so, 0.033 without the factor 2.
-    return "two" if 2 * two < three else "three"
+    if (
+        e <= 10 * _LEAST_E * points[1].min()
+        or beta <= BETA_BOUNDS[0] * 1.001
+        or 2 * missed["two"] < missed["three"]
+    ):
+        return "two"
+    return "three"
 
 
 def _left_out(points: tuple[_FLOAT, _FLOAT], law: str, delta: float, count: int) -> float:
@@ -238,6 +276,17 @@ def _left_out(points: tuple[_FLOAT, _FLOAT], law: str, delta: float, count: int)
 def _solve(points: tuple[_FLOAT, _FLOAT], law: str, delta: float) -> tuple[float, float, float, float]:
     """(E, B, beta, sum of Huber) of the best fit."""
     counts, losses = points
+    if law == "prior":
+        level, slope, middle = _drawn(np.log(losses)[None, :], counts, np.array([PRIOR_BETA]))
+        power, beta = float(level[0] + slope[0] * middle), float(slope[0])
+        fitted = power - beta * np.log(counts)
+        size = np.abs(np.log(losses) - fitted) / delta
+        return (
+            0.0,
+            math.exp(power),
+            beta,
+            float(np.where(size <= 1, 0.5 * size**2, size - 0.5).sum()) * delta**2,
+        )
     # Centred ln D: b is then the level in the middle of the points and hardly moves with beta.
     centre = float(np.log(counts).mean())
     x, y = np.log(counts) - centre, np.log(losses)
@@ -268,6 +317,18 @@ def _solve(points: tuple[_FLOAT, _FLOAT], law: str, delta: float) -> tuple[float
     *e, b, beta = best[1]
     value = math.exp(e[0]) if e and e[0] > least else 0.0
     return value, math.exp(b + beta * centre), beta, best[0] * delta**2
+
+
+def _drawn(y: _FLOAT, counts: _FLOAT, belief: _FLOAT) -> tuple[_FLOAT, _FLOAT, float]:
+    """(level, beta), each (R,), and the mean of ln D, of the law "prior" for y = ln L (R, n) and beliefs b (R,)."""
+    w = counts / counts.mean()
+    x = np.log(counts)
+    middle = float((w * x).sum() / w.sum())
+    spread = w * (x - middle)
+    sxx, level = float((spread * (x - middle)).sum()), (y * w).sum(1) / w.sum()
+    k = (PRIOR_MISFIT / PRIOR_SPREAD) ** 2
+    beta = (-(y * spread).sum(1) + belief * k) / (sxx + k)
+    return level, np.clip(beta, *BETA_BOUNDS), middle
 
 
 def _cost_and_gradient(theta: _FLOAT, x: _FLOAT, y: _FLOAT, delta: float) -> tuple[float, _FLOAT]:

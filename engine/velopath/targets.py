@@ -85,7 +85,7 @@ class Targets:
         proxy_steps: int = 0,
         proxy_tokens: int = 0,
         evaluation_tokens: int = 0,
-        law: Literal["auto", "three", "two"] = "auto",
+        law: Literal["auto", "three", "two", "prior"] = "auto",
         above_last: Literal["raise", "last"] = "raise",
         level: float = 0.9,
     ) -> Targets:
@@ -101,7 +101,10 @@ class Targets:
         for name in sorted(curves):
             try:
                 pairs = list(curves[name])
-                fitted = fit_target([p[0] for p in pairs], [p[1] for p in pairs], law=law)
+                reach = tokens / max((p[0] for p in pairs), default=tokens)
+                fitted = fit_target(
+                    [p[0] for p in pairs], [p[1] for p in pairs], law=law, extrapolation=reach
+                )
                 domains[name] = _read(fitted, tokens, above_last, level)
             except (ConfigError, NumericalError) as error:
                 raise type(error)(f"domain {name!r}: {error}") from error

@@ -1,0 +1,1 @@
+"""The mixing study: rules for domain weights at one budget; see `study`."""
