@@ -8,6 +8,7 @@ from eager torch's, is left out and named. N rows, D width, V vocabulary, K doma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ from benchmarks.losses import (
 )
 from benchmarks.peers import linear_peers, logits_peers
 from benchmarks.timing import paired_ratio, summary, take_turns, timed
-from velopath.loss.ops import CpuRows, RowBackend, TritonRows, chunk_rows
+from velopath.loss import backends
+from velopath.loss.ops import chunk_rows
 
 ROUNDS = 50
 LOGITS = ((8192, 32000), (8192, 128256), (16384, 50304), (8192, 151936), (4096, 262144))
@@ -129,12 +131,17 @@ def run_domains(bench: Bench) -> dict[str, Any]:
     original = torch.randn(rows, vocab, device=bench.device, dtype=bench.dtype)
     logits, nats = torch.empty_like(original), torch.empty(rows, device=bench.device)
     targets, _ = random_ids(bench.device, rows, vocab)
-    backend: RowBackend = CpuRows(-100, False) if bench.device.type == "cpu" else TritonRows(-100)
+    backend = "cpu" if bench.device.type == "cpu" else "triton"
 
     def write_rows() -> Tensor:
         counted = (targets != -100).sum()
-        backend.write_rows(logits, targets, nats, counted, True, False)
+        backends.write_rows(
+            backend, logits, targets, nats, counted, -100, gradient=True, padded=False, details=None
+        )
         return counted
+
+    def with_sums(domains: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return backends.reduce_rows(backend, nats, targets, domains, write_rows(), count, -100, None)
 
     def sampled(work: Callable[[], object]) -> Callable[[], float]:
         def sample() -> float:
@@ -147,9 +154,7 @@ def run_domains(bench: Bench) -> dict[str, Any]:
     for count in (1, 8, 64, 1024):
         domains = torch.randint(0, count, (rows,), device=bench.device)
         contenders = {
-            "with": sampled(
-                lambda k=count, d=domains: backend.reduce_rows(nats, targets, d, write_rows(), k)
-            ),
+            "with": sampled(partial(with_sums, domains, count)),
             "without": sampled(lambda: (write_rows(), nats.sum() / (targets != -100).sum())),
         }
         for sample in contenders.values():

@@ -46,8 +46,8 @@ class TargetLaw:
 
     `E` in nats, `B` in nats * tokens^beta; `law` is "three", or "two" or "prior" (then E = 0). `points` are the
     (tokens, nats) pairs of the fit, by tokens. `huber` is the minimum reached, sum_j Huber(ln L_j - ln L(D_j)) with
-    `delta`. `leave_last_out` is |prediction - loss| in nats at the last point, of the same law fitted to the others: the
-    honest size of an error made by extrapolating. `warnings` are sentences for people.
+    `delta`. `leave_last_out` is |prediction - loss| in nats at the last point, of the same law fitted to the others:
+    the honest size of an error made by extrapolating. `warnings` are sentences for people.
     """
 
     E: float
