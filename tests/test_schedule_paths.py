@@ -200,7 +200,8 @@ def test_another_path_on_resume_is_an_error_with_a_diff() -> None:
 
 def test_in_the_trainer_of_transformers(tmp_path: Any) -> None:
     """Hugging Face's Trainer, given LambdaLR on the path, trains every update at the path's rate."""
-    transformers = pytest.importorskip("transformers")
+    import transformers  # slow to import: only here
+
     path = LrPath.main(PEAK, 3).branch(6, 6)
     model = torch.nn.Linear(2, 1)
     seen: list[float] = []

@@ -217,16 +217,14 @@ def test_the_ledger_is_the_planners(finished: Path) -> None:
         assert all(node.heldout_loss[n] < node.notes["before"][n] for n in ("code", "prose", "tables"))
 
 
-def test_main_checkpoints_stay_at_branch_points(finished: Path) -> None:
+def test_main_checkpoints_stay_at_branch_points_and_slice_ends(finished: Path) -> None:
     kept = sorted(p.name for p in (finished / "checkpoints" / "main").iterdir())
-    assert kept == ["step-00000016", "step-00000049", "step-00000056"]
+    assert kept == [f"step-{n:08d}" for n in (16, 40, 49, 56)]
 
 
 def test_a_branch_from_a_step_that_was_not_kept_names_those_that_were(finished: Path, data: Path) -> None:
     with opened(config(data), finished) as run:
-        message = (
-            r"no main checkpoint at step 20 to branch 'v3' from; kept are 16, 49, 56: choose one with --at"
-        )
+        message = r"no main checkpoint at step 20 to branch 'v3' from; kept are 16, 40, 49, 56: choose one with --at"
         with pytest.raises(ConfigError, match=message):
             cut_version(run, "v3", at=20)
         with pytest.raises(ConfigError, match="step 81 lies outside the slices, which end at step 80"):

@@ -44,6 +44,9 @@ class EvaluateConfig(Tree):
 
     tokens: PositiveInt = Field(16384, description="held-out tokens per domain")
     batch_rows: PositiveInt = Field(16, description="rows per forward pass")
+    old_domains: bool = Field(
+        True, description="also measure the domains that only earlier slices have: what is being forgotten"
+    )
     command: str | None = Field(
         None,
         description="run on each exported version; {model} {name} {run} {out}; its JSON scores go into the lineage",

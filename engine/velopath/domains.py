@@ -103,6 +103,16 @@ class DomainLoss(Mapping[str, float]):
     def __len__(self) -> int:
         return sum(t > 0 for t in self.tokens)
 
+    def joined(self, other: DomainLoss) -> DomainLoss:
+        """The losses of both, which have no domain in common."""
+        known = self.stderr is not None and other.stderr is not None
+        return DomainLoss(
+            self.names + other.names,
+            self.nats + other.nats,
+            self.tokens + other.tokens,
+            (self.stderr or ()) + (other.stderr or ()) if known else None,
+        )
+
     def stderr_of(self, name: str) -> float:
         """Standard error of the domain's mean loss in nats; 0.0 where it is not known."""
         return self.stderr[self.names.index(name)] if self.stderr is not None else 0.0

@@ -28,6 +28,7 @@ from velopath.evaluate import HeldOut, evaluate
 from velopath.meter import Log, Meter
 from velopath.phases import Phases
 from velopath.profiling import Profile
+from velopath.runconfig import older_domains
 from velopath.session import Session
 from velopath.stream import TokenBatch
 from velopath.train_step import TrainStep
@@ -80,6 +81,8 @@ class Loop:
     log: Log
     stop: StopRequest = field(default_factory=StopRequest)
     profile: Profile | None = None
+    _older: dict[str, tuple[str, ...]] = field(default_factory=dict, init=False)
+    """Slice -> the domains that only earlier slices have: what the model may forget there."""
     _evaluated: int | None = field(default=None, init=False)
     """The step of the last held-out evaluation."""
 
@@ -196,16 +199,29 @@ class Loop:
         self.log(record | {"domains": session.sampler.exposure()})
 
     def evaluate(self, tokens: int, *, session: Session, slice_name: str, kind: str = "eval") -> DomainLoss:
-        """Held-out loss per domain on `tokens` tokens of each, the same on all ranks, logged as a record `kind`."""
+        """Held-out loss per domain on `tokens` tokens of each, the same on all ranks, logged as a record `kind`.
+
+        Domains that only earlier slices have are measured and logged too, where `evaluate.old_domains` says so; an
+        "eval" returns the slice's own, for the controller.
+        """
         rotation = session.step if self.config.control.rotate and kind == "eval" else 0
         with self.phases.host("evaluate"):
-            losses = self.held_out_loss(session.sampler.names, tokens, rotation)
+            losses = own = self.held_out_loss(session.sampler.names, tokens, rotation)
+            if older := self._older_domains(slice_name):
+                losses = own.joined(self.held_out_loss(older, tokens, rotation))
         if kind == "eval":
             self._evaluated = session.step
         record = {"kind": kind, "segment": session.segment, "step": session.step, "slice": slice_name}
         record |= {"loss": dict(losses), "tokens": dict(zip(losses.names, losses.tokens, strict=True))}
         self.log(record)
-        return losses
+        return own if kind == "eval" else losses
+
+    def _older_domains(self, slice_name: str) -> tuple[str, ...]:
+        if not self.config.evaluate.old_domains:
+            return ()
+        if slice_name not in self._older:
+            self._older[slice_name] = older_domains(self.config, slice_name)
+        return self._older[slice_name]
 
     def held_out_loss(self, names: tuple[str, ...], tokens: int, rotation: int = 0) -> DomainLoss:
         """Held-out loss per domain, with standard errors."""

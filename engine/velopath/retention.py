@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from velopath.plan import make_plan
@@ -26,7 +27,8 @@ def survey(folder: RunFolder) -> list[Kept]:
     """Every checkpoint of a run with the reason to keep it.
 
     Kept are: the last checkpoint of each version and of each segment that is under way, the main checkpoints that
-    versions were cut from or are planned to be, and the last `train.keep_last` of the main path. Not kept: other
+    versions were cut from or are planned to be, the last `train.keep_last` of the main path and its last one at the
+    end of a slice. Not kept: other
     rolling checkpoints, what a rollback took back (it cannot be undone afterwards), leftovers of killed saves.
     """
     found = []
@@ -69,6 +71,9 @@ def _reasons(folder: RunFolder, segment: Path) -> dict[int, str]:
     slices = {name: entry.steps for name, entry in config.data.slices.items()}
     for branch in make_plan(slices, config.path.branch_share).branches:
         reasons[branch.start_step] = f"{branch.name} is planned from here"
+    ends = [end for end in accumulate(slices.values()) if end in steps]
+    for end in ends[-1:]:
+        reasons.setdefault(end, "the last slice border: one can roll back to here")
     for version in lineage.versions:
         reasons[version.branch_step] = f"{version.name} was cut from here"
     return reasons

@@ -50,6 +50,16 @@ def slice_folders(config: RunConfig, name: str) -> dict[str, str | Path]:
     return {domain: found[domain] for domain in sorted(found)}
 
 
+def older_domains(config: RunConfig, name: str) -> tuple[str, ...]:
+    """The domains that slices before `name` have and it has not, sorted."""
+    before: set[str] = set()
+    for known in config.data.slices:
+        if known == name:
+            break
+        before |= set(slice_folders(config, known))
+    return tuple(sorted(before - set(slice_folders(config, name))))
+
+
 def slice_table(config: RunConfig, name: str) -> dict[str, Any] | None:
     """The slice's domains.json with the entries of the domains it replays; None where `prepare` wrote none."""
     entry = config.data.slices[name]

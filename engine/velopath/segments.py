@@ -30,8 +30,9 @@ from velopath.session import Session
 def train_main(run: Run, until: int | None = None) -> int:
     """Train the main path up to step `until` (default: the last branch point), or resume it; returns the step.
 
-    A checkpoint stays at every planned branch point. At the start of a slice the controller starts again: first
-    losses measured there, targets read at the slice's end, weights as the slice says.
+    A checkpoint stays at every planned branch point and at the end of each slice, to which one can roll back. At the
+    start of a slice the controller starts again: first losses measured there, targets read at the slice's end, weights
+    as the slice says.
     """
     goal = run.plan.main_steps if until is None else until
     check_controllers(run, goal)
@@ -48,7 +49,7 @@ def train_main(run: Run, until: int | None = None) -> int:
     if step >= goal:
         run.note(MAIN, f"is at step {step} already")
         return step
-    keep = frozenset(branch.start_step for branch in run.plan.branches)
+    keep = frozenset(branch.start_step for branch in run.plan.branches) | slice_ends
     _note_base(run)
     run.begin(MAIN, step, goal)
     for piece in run.pieces(step, goal):

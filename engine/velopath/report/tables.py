@@ -103,7 +103,7 @@ def domains_table(record: RunRecord) -> Safe:
                 number(f["initial"]),
                 number(f["last_loss"]),
                 number(f["target"]),
-                *([f"{s:.1%}" for s in shares] if len(shares) == 2 else [None, None]),
+                *([None if s is None else f"{s:.1%}" for s in shares] if len(shares) == 2 else [None, None]),
                 tokens_text(f["tokens"] or 0),
                 epochs_text(record.epochs(name)),
             ]
