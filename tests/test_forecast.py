@@ -53,6 +53,15 @@ def test_the_law_is_recovered(power: float) -> None:
     assert found.mean(600).loss == pytest.approx(sum(p.loss for p in found.predict(600).values()) / 2)
 
 
+def test_a_slice_of_new_data_is_followed_from_its_own_start() -> None:
+    """What a slice brings is learnt fast at first: its curve counts from the slice's first step."""
+    curves = {"code": [(1000, 6.0), *((s, 5.0 - 0.3 * math.log(s - 1000)) for s in range(1050, 1401, 50))]}
+    old = Cut("v1", 400, 600, {"code": 4.0}, {"code": 3.7}, {"code": [(100, 4.0), (400, 4.0)]})
+    found = fit_forecast(1400, 1000, curves, [old], {"code": curves["code"][-1][1]}, origin=1000)
+    real = 5.0 - 0.3 * math.log(1000) - 0.3
+    assert found.predict(600)["code"].loss == pytest.approx(real, abs=1e-9)
+
+
 def test_one_version_takes_the_default_power_and_says_nothing_of_its_error() -> None:
     found = forecast(cut("v1", 900, 600, 0.25))
     assert found.power == POWER and found.errors == {}

@@ -5,10 +5,11 @@ ends at
 
     L(s, r) = M(s + r) - g (r / R)^p,
 
-M(s) = a - b ln s, fitted by least squares to the evaluations of the current slice; g the decay's gain over the
-undecayed path at the reference length R (the slice's steps), p how it grows with length. Every version that was cut
-gives one g per domain; p is fitted where versions of different lengths exist, else 0.25, which a small study of ours
-shows (0.21, 0.25, 0.28 nats at shares 0.2, 0.4, 0.6).
+M(s) = a - b ln(s - o), fitted by least squares to the evaluations of the current slice, which begins at step o: its
+data is learnt, and what it lacks forgotten, fast at first; g the decay's gain over the undecayed path at the reference
+length R (the slice's steps), p how it grows with length. Every version that was cut gives one g per domain; p is fitted
+where versions of different lengths exist, else 0.25, which a small study of ours shows (0.21, 0.25, 0.28 nats at shares
+0.2, 0.4, 0.6).
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ Curve = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Cut:
-    """A version that was cut: where it left, its steps, the losses before and after, and the main path's `curves` up to
-    its branch point, all by domain in nats per token; before and after on one sample."""
+    """A version that was cut: where it left, its steps, the losses before and after, and the main path's `curves` from
+    its slice's first step `origin` up to its branch point, all by domain in nats per token; before and after on one
+    sample."""
 
     name: str
     step: int
@@ -38,6 +40,7 @@ class Cut:
     before: Mapping[str, float]
     after: Mapping[str, float]
     curves: Mapping[str, Curve]
+    origin: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,17 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Slope:
-    """M(s) = a - b ln s of one domain, with the standard deviation of its residuals; nats."""
+    """M(s) = a - b ln(s - origin) of one domain, with the standard deviation of its residuals; nats."""
 
     a: float
     b: float
     noise: float
+    origin: int = 0
 
     def drop(self, start: int, steps: int) -> float:
         """M(start) - M(start + steps)."""
-        return self.b * math.log((start + steps) / start)
+        done = start - self.origin
+        return self.b * math.log((done + steps) / done)
 
 
 @dataclass(frozen=True)
@@ -116,20 +121,25 @@ class Forecast:
 
 
 def fit_forecast(
-    step: int, reference: int, curves: Mapping[str, Curve], cuts: Sequence[Cut], now: Mapping[str, float]
+    step: int,
+    reference: int,
+    curves: Mapping[str, Curve],
+    cuts: Sequence[Cut],
+    now: Mapping[str, float],
+    origin: int = 0,
 ) -> Forecast:
-    """The law at `step` of the main path from its `curves` (current slice) and the versions `cut` so far.
+    """The law at `step` of the main path from its `curves` (current slice, from `origin`) and the versions cut so far.
 
     `now` are the losses to start from. Raises `ConfigError` without a version, and without two evaluations of a domain.
     """
     if not cuts:
         raise ConfigError("no version was cut yet, so no decay gain is known; cut one first")
-    fitted = _fit(step, reference, curves, cuts, now)
+    fitted = _fit(step, reference, curves, cuts, now, origin)
     errors: dict[str, dict[str, float]] = {}
     for at, cut in enumerate(cuts):
         if at == 0:
             continue  # nothing was known before it
-        then = _fit(cut.step, reference, cut.curves, cuts[:at], cut.before)
+        then = _fit(cut.step, reference, cut.curves, cuts[:at], cut.before, cut.origin)
         errors[cut.name] = {
             n: p.loss - cut.after[n] for n, p in then.predict(cut.steps).items() if n in cut.after
         }
@@ -137,9 +147,14 @@ def fit_forecast(
 
 
 def _fit(
-    step: int, reference: int, curves: Mapping[str, Curve], cuts: Sequence[Cut], now: Mapping[str, float]
+    step: int,
+    reference: int,
+    curves: Mapping[str, Curve],
+    cuts: Sequence[Cut],
+    now: Mapping[str, float],
+    origin: int,
 ) -> Forecast:
-    slopes = {name: _slope(name, curve) for name, curve in curves.items() if name in now}
+    slopes = {name: _slope(name, curve, origin) for name, curve in curves.items() if name in now}
     measured = [(cut, _measured(cut)) for cut in cuts]
     power = _power(measured)
     gains = {}
@@ -150,9 +165,9 @@ def _fit(
     return Forecast(step, reference, power, {n: now[n] for n in slopes}, slopes, gains, {})
 
 
-def _slope(name: str, curve: Curve) -> Slope:
-    """Least squares of the losses on ln s."""
-    points = [(math.log(step), loss) for step, loss in curve if step > 0]
+def _slope(name: str, curve: Curve, origin: int) -> Slope:
+    """Least squares of the losses on ln(s - origin)."""
+    points = [(math.log(step - origin), loss) for step, loss in curve if step > origin]
     if len(points) < 2:
         raise ConfigError(f"domain {name!r} has {len(points)} evaluations in this slice; a slope needs two")
     x, y = np.array(points).T
@@ -160,7 +175,7 @@ def _slope(name: str, curve: Curve) -> Slope:
     b = float(-(centred * y).sum() / (centred**2).sum())
     a = float(y.mean() + b * x.mean())
     free = max(len(points) - 2, 1)
-    return Slope(a, b, math.sqrt(float(((y - (a - b * x)) ** 2).sum()) / free))
+    return Slope(a, b, math.sqrt(float(((y - (a - b * x)) ** 2).sum()) / free), origin)
 
 
 def _measured(cut: Cut) -> dict[str, float]:
@@ -168,7 +183,11 @@ def _measured(cut: Cut) -> dict[str, float]:
     found = {}
     for name, before in cut.before.items():
         if name in cut.after and name in cut.curves:
-            found[name] = before - _slope(name, cut.curves[name]).drop(cut.step, cut.steps) - cut.after[name]
+            found[name] = (
+                before
+                - _slope(name, cut.curves[name], cut.origin).drop(cut.step, cut.steps)
+                - cut.after[name]
+            )
     return found
 
 

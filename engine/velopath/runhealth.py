@@ -81,9 +81,13 @@ def run_forecast(folder: RunFolder) -> Forecast:
             version.notes["before"],
             version.heldout_loss,
             _curves(evals, version.slice, version.branch_step),
+            _first_step(evals, version.slice),
         )
         for version in sorted(lineage.versions, key=lambda v: v.branch_step)
-        if "before" in version.notes and _long_enough(_curves(evals, version.slice, version.branch_step))
+        if "before" in version.notes
+        and _long_enough(
+            _curves(evals, version.slice, version.branch_step), _first_step(evals, version.slice)
+        )
     ]
     return fit_forecast(
         last["step"],
@@ -91,7 +95,13 @@ def run_forecast(folder: RunFolder) -> Forecast:
         _curves(evals, last["slice"], last["step"]),
         cuts,
         last["loss"],
+        _first_step(evals, last["slice"]),
     )
+
+
+def _first_step(evals: list[Record], slice: str) -> int:
+    """The step at which the main path first looked at a slice: its controller starts there."""
+    return min((r["step"] for r in evals if r.get("slice") == slice), default=0)
 
 
 def _curves(evals: list[Record], slice: str, until: int) -> dict[str, Curve]:
@@ -104,8 +114,8 @@ def _curves(evals: list[Record], slice: str, until: int) -> dict[str, Curve]:
     return {name: tuple(curve) for name, curve in curves.items()}
 
 
-def _long_enough(curves: Mapping[str, Curve]) -> bool:
-    return bool(curves) and all(sum(step > 0 for step, _ in curve) >= 2 for curve in curves.values())
+def _long_enough(curves: Mapping[str, Curve], origin: int) -> bool:
+    return bool(curves) and all(sum(step > origin for step, _ in curve) >= 2 for curve in curves.values())
 
 
 def _before(folder: RunFolder, limits: Limits) -> Health:
@@ -122,7 +132,10 @@ def _before(folder: RunFolder, limits: Limits) -> Health:
             sums = read.setdefault(name, {"tokens": 0.0, "epochs": 0.0})
             sums["tokens"] += facts["tokens"]
             sums["epochs"] += facts["epochs"]
-    found = health.before(curves, _numbers(steps, "loss"), _numbers(steps, "grad_norm"), read, limits)
+    # New data makes a jump that is no spike: only the present slice's steps are compared with each other.
+    here = [r["step"] for r in evals if r.get("slice") == evals[-1].get("slice")]
+    recent = [r for r in steps if r["step"] > here[0]]
+    found = health.before(curves, _numbers(recent, "loss"), _numbers(recent, "grad_norm"), read, limits)
     return Health(MAIN, "before", max(r["step"] for r in [*evals, *steps]), tuple(found))
 
 

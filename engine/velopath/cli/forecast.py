@@ -25,7 +25,7 @@ def forecast(
 ) -> None:
     """Predict each domain's loss if a branch were cut from the main path as it stands, and choose its length.
 
-    The law: the main path's loss on the current slice, continued on ln(step), less a decay gain measured on the
+    The law: the main path's loss on the current slice, continued on ln(its steps), less a decay gain measured on the
     versions cut so far. Its error on each of those, predicted from the ones before, is shown with it.
 
     Example: velopath forecast runs/2026 --target 2.31
