@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -339,8 +338,7 @@ class _IndexReader:
     def url_of(self, path: Path) -> str | None:
         if self.url is None:
             return None
-        names = [quote(part) for part in path.relative_to(self.path.parent).parts]
-        return str(below(self.url, *names))
+        return str(below(self.url, *path.relative_to(self.path.parent).parts))
 
     def check_files(self, where: str, entry: ShardEntry) -> None:
         pairs = [(entry.path, entry.raw_bytes), (entry.zip_path, entry.zip_bytes)]
