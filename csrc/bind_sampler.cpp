@@ -265,9 +265,9 @@ std::tuple<u64, u64, Needs, u64, std::vector<u64>, std::vector<i64>> scout(const
     return {found.plan, found.first, std::move(found.shards), found.behind.step, found.behind.drawn, found.behind.error};
 }
 
-void fail(const Handle& handle, const std::string& problem, const std::string& path) {
+void fail(const Handle& handle, const std::string& problem, const std::string& path, std::optional<u64> plan) {
     const auto error = path.empty() ? std::make_exception_ptr(VelopathError(problem)) : std::make_exception_ptr(DataError(problem, path));
-    unlocked(handle, [&](Sampler& s) { s.fail(error); });
+    unlocked(handle, [&](Sampler& s) { s.fail(error, plan); });
 }
 
 py::array_t<i64> permute(const py::array_t<i64, py::array::c_style | py::array::forcecast>& items, u64 n, u64 key) {
@@ -344,7 +344,7 @@ void bind_sampler(py::module_& m) {
         .def("scout", &scout, py::arg("step"), py::arg("drawn"), py::arg("error"), py::arg("steps"))
         .def("release", [](const Handle& h, u64 until, u64 plan) { return unlocked(h, [=](Sampler& s) { return s.release(until, plan); }); },
              py::arg("until"), py::arg("plan"))
-        .def("fail", &fail, py::arg("problem"), py::arg("path"))
+        .def("fail", &fail, py::arg("problem"), py::arg("path"), py::arg("plan"))
         .def_property_readonly("waits", [](const Handle& h) { return unlocked(h, [](Sampler& s) { return s.waits(); }); })
         .def("load", &load_state, py::arg("step"), py::arg("drawn"), py::arg("error"), py::arg("mixes"));
     m.def("windowed_order", &windowed_order, py::arg("tokens"), py::arg("row_tokens"), py::arg("offset"), py::arg("shards"),

@@ -100,11 +100,11 @@ public:
     std::vector<Exposure> exposure() const;  // before the next step; of bins counted one by one
 
     // Of a staged sampler. scout looks up to `steps` steps ahead from `from` on, or from the next step; fewer where the
-    // stream ends. release lets the steps before `until` be planned, unless the plan is no longer `plan` (false). fail is
-    // what next() throws while the next step is not released, null: nothing.
+    // stream ends. release lets the steps before `until` be planned, unless the plan is no longer `plan` (false), and takes
+    // back what fail said: what next() throws while the next step is not released, unless the plan is no longer `plan`.
     Scouted scout(std::optional<Cursor> from, u64 steps) const;
     bool release(u64 until, u64 plan);
-    void fail(std::exception_ptr error);
+    void fail(std::exception_ptr error, std::optional<u64> plan);
     bool waits() const;  // for release: the next step is not released
 
     // Continues at `cursor`; `mixes` as from mixes_at. Everything assembled is dropped.

@@ -51,6 +51,7 @@ Scouted Sampler::scout(std::optional<Cursor> from, u64 steps) const {
 bool Sampler::release(u64 until, u64 plan) {
     Lock lock(mutex_);
     if (plan != plan_ || !settings_.staged) return false;
+    unreleased_ = nullptr;
     if (until <= released_) return true;
     released_ = until;
     lock.unlock();
@@ -59,8 +60,9 @@ bool Sampler::release(u64 until, u64 plan) {
     return true;
 }
 
-void Sampler::fail(std::exception_ptr error) {
-    Lock lock(mutex_);
+void Sampler::fail(std::exception_ptr error, std::optional<u64> plan) {
+    const Lock lock(mutex_);
+    if (plan && *plan != plan_) return;
     unreleased_ = std::move(error);
     ready_.notify_all();
 }

@@ -27,7 +27,8 @@ class ObjectServer(ThreadingHTTPServer):
     """Serves the files below `root`; `s3` adds the protocol, with `root/BUCKET/KEY` as objects.
 
     `faults[path]` is a list of faults for the next requests of that path: a status number, "reset", "stall", "short"
-    (a body cut in half), "wrong" (a byte flipped), a float (seconds to wait first); "ok" does nothing. The last fault
+    (a body cut in half), "wrong" (a byte flipped), a float (seconds to wait first), a URL to send the client to; "ok"
+    does nothing. The last fault
     of a list that ends with "..." lasts. `gets` counts requests by path, `query` is what a web server asks for, if set.
     """
 
@@ -82,17 +83,20 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(parts.path)
         if self.server.s3 and (problem := _signature_problem(self)):
             return self._reply(403, _xml_error("SignatureDoesNotMatch", problem))
-        if self.server.s3 and "list-type" in parts.query:
-            return self._reply(200, self._listing(path.strip("/"), parse_qs(parts.query)))
-        fault = self.server.next_fault(path)
+        listing = self.server.s3 and "list-type" in parts.query
+        fault = self.server.next_fault(path) if not listing or path in self.server.faults else "ok"
         if isinstance(fault, float):
             time.sleep(fault)
         if isinstance(fault, int):
             return self._reply(fault, _xml_error("InternalError", f"injected for {self.path}"))
+        if isinstance(fault, str) and fault.startswith("http"):
+            return self._head(302, 0, fault)
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             return self.connection.close()
+        if listing:
+            return self._reply(200, self._listing(path.strip("/"), parse_qs(parts.query)))
         return self._file(self.server.root / path.strip("/"), fault, parts.query)
 
     def _file(self, file: Path, fault: object, query: str) -> None:
@@ -118,8 +122,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body)
         return None
 
-    def _head(self, status: int, length: int) -> None:
+    def _head(self, status: int, length: int, location: str = "") -> None:
         self.send_response(status)
+        if location:
+            self.send_header("Location", location)
         self.send_header("Content-Length", str(length))
         self.send_header("Last-Modified", self.date_time_string())
         self.send_header("ETag", '"0"')

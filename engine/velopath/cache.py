@@ -45,6 +45,9 @@ _CAN_MARK = fcntl is not None
 logger = logging.getLogger("velopath.cache")
 _BLOCK_BYTES = 1 << 20
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_OURS = re.compile(
+    r"[0-9a-f]{32}\.mds(\..*" + re.escape(TEMPORARY) + ")?"
+)  # other files of the folder are not touched
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B?\s*\Z", re.I)
 
 
@@ -110,8 +113,17 @@ class Cache:
                     "the shard is missing; fetch it or remove it from index.json",
                     path=entry.zip_path or entry.path,
                 )
+        for last in (False, False, True):
+            try:
+                return self._hold(self._target(entry), entry, verify)
+            except WriteError as error:  # somebody empties the folder at this very moment
+                if last or getattr(error.__cause__, "errno", None) != errno.ENOENT:
+                    raise
+                time.sleep(0.05)
+        raise AssertionError
+
+    def _hold(self, target: Path, entry: ShardEntry, verify: bool) -> Path:
         self._make()
-        target = self._target(entry)
         self._mark(target.stem)
         try:
             self._fill(target, entry, verify)
@@ -137,20 +149,26 @@ class Cache:
             self.release(entry)
 
     def has_room(self, size: int) -> bool:
-        """Whether `size` bytes more fit the limit, once what nobody uses is evicted; evicts it."""
+        """Whether `size` bytes more fit the limit, once what nobody uses is evicted; evicts it.
+
+        False, too, while another process evicts: this never waits for one.
+        """
         if self.limit is None:
             return True
         self._make()
-        with locked(self.folder / "evict.lock"):
-            return self._evict(size)
+        with locked(self.folder / "evict.lock", wait=False) as free:
+            return free and self._evict(size)
 
     def close(self) -> None:
         """Give back every mark."""
         with self._lock:
-            self._marks.clear()
-            if self._closed is not None:
-                self._closed()
-                self._marks_file = self._closed = None
+            self._forget()
+
+    def _forget(self) -> None:
+        self._marks.clear()
+        if self._closed is not None:
+            self._closed()
+            self._marks_file = self._closed = None
 
     def __enter__(self) -> Cache:
         return self
@@ -229,6 +247,8 @@ class Cache:
         if not _CAN_MARK:
             return
         with self._lock:
+            if self._marks_file is not None and not os.fstat(self._marks_file).st_nlink:
+                self._forget()  # somebody emptied the folder: nobody would see a mark in the removed file
             if self._marks_file is None:
                 self._marks_file = self._open_marks()
                 self._closed = weakref.finalize(self, os.close, self._marks_file)
@@ -251,9 +271,7 @@ class Cache:
         found, total = [], 0
         with os.scandir(self.folder) as entries:
             for item in entries:
-                if not item.name.endswith(".mds") and not (
-                    item.name.endswith(TEMPORARY) and ".mds." in item.name
-                ):
+                if not _OURS.fullmatch(item.name):
                     continue
                 with suppress(FileNotFoundError):
                     info = item.stat()

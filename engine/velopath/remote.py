@@ -13,22 +13,24 @@ import queue
 import random
 import threading
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from velopath.errors import ConfigError, DataError
-from velopath.urls import redact, redact_text
+from velopath.urls import OBSTORE, redact, redact_text
 
 logger = logging.getLogger("velopath.remote")
 
-OBSTORE = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "http", "https")
 _WEB = ("http", "https")
 _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_")
 _CHUNK_BYTES = 1 << 18
+_MOST_BYTES = 1 << 30  # of a file whose size nothing tells: an index, a tokenizer
+_T = TypeVar("_T")
 
 
 class FetchError(DataError):
@@ -73,12 +75,18 @@ def read(
     policy: FetchPolicy = DEFAULT_POLICY,
     stop: threading.Event | None = None,
 ) -> bytes:
-    """The content of the object at `url`, which has `size` bytes where that is known; `stop` ends it early.
+    """The content of the object at `url`, which has `size` bytes where that is known, else 1 GiB at most.
 
-    Raises `FetchError` where it is not there, not allowed, or every attempt fails; `ConfigError` where the package for
-    its scheme is missing.
+    `stop` ends it early. Raises `FetchError` where it is not there, not allowed, or every attempt fails; `ConfigError`
+    where the package for its scheme is missing.
     """
-    shown, problem, stop = redact(url), "", stop or threading.Event()
+    stop = stop or threading.Event()
+    return _patiently(url, policy, stop, lambda: _read_once(url, size, policy.stall_seconds, stop))
+
+
+def _patiently(url: str, policy: FetchPolicy, stop: threading.Event, attempt_once: Callable[[], _T]) -> _T:
+    """What `attempt_once` returns, tried as often as the policy says."""
+    shown, problem = redact(url), ""
     for attempt in range(policy.attempts):
         if attempt:
             delay = policy.delay(attempt - 1)
@@ -89,7 +97,7 @@ def read(
         if stop.is_set():
             raise FetchError("the fetch was stopped", path=shown)
         try:
-            return _read_once(url, size, policy.stall_seconds, stop)
+            return attempt_once()
         except ConfigError:
             raise
         except (FileNotFoundError, PermissionError) as error:
@@ -120,29 +128,32 @@ def has(url: str, policy: FetchPolicy = DEFAULT_POLICY) -> bool:
 
 def folders(url: str, policy: FetchPolicy = DEFAULT_POLICY) -> list[str]:
     """Names of the folders right below `url`, sorted. Raises `ConfigError` where its store cannot list (http)."""
-    scheme = urlsplit(url).scheme
-    try:
-        if scheme in _WEB:
-            raise ConfigError(
-                f"{redact(url)}: a web server lists no folders; give a mapping domain -> URL, or a folder of prepare, "
-                "which has a domains.json"
-            )
-        if scheme in OBSTORE:
-            store, path = _store(url, policy.stall_seconds)
-            listed = _obstore().list_with_delimiter(store, path or None)["common_prefixes"]
-            return sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in listed)
-        system, path = _fsspec().core.url_to_fs(url)
-        return sorted(
-            e["name"].rstrip("/").rsplit("/", 1)[-1] for e in system.ls(path) if e["type"] == "directory"
+    if _scheme(url) in _WEB:
+        raise ConfigError(
+            f"{redact(url)}: a web server lists no folders; give a mapping domain -> URL, or a folder of prepare, "
+            "which has a domains.json"
         )
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise FetchError(f"cannot be listed: {_first_line(error, url)}", path=redact(url)) from None
+    try:
+        listed = _patiently(url, policy, threading.Event(), lambda: _list_once(url, policy.stall_seconds))
+    except MissingError as error:
+        raise FetchError(f"cannot be listed: {error.problem}", path=error.path) from None
+    return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in listed)
+
+
+def _list_once(url: str, stall_seconds: float) -> list[str]:
+    if _scheme(url) in OBSTORE:
+        store, path = _store(url, stall_seconds)
+        return list(_obstore().list_with_delimiter(store, path or None)["common_prefixes"])
+    system, path = _fsspec().core.url_to_fs(url)
+    return [e["name"] for e in system.ls(path) if e["type"] == "directory"]
+
+
+def _scheme(url: str) -> str:
+    return url.partition("://")[0].lower()
 
 
 def _advice(url: str) -> str:
-    hint = {"s3": "AWS_*", "gs": "GOOGLE_*", "az": "AZURE_*"}.get(urlsplit(url).scheme)
+    hint = {"s3": "AWS_*", "gs": "GOOGLE_*", "az": "AZURE_*"}.get(_scheme(url))
     where = f"environment ({hint})" if hint else "URL"
     if "***" in url:
         where += "; this URL was recorded without its credentials, give it again whole"
@@ -156,11 +167,12 @@ def _first_line(error: BaseException, url: str) -> str:
 
 def _read_once(url: str, size: int | None, stall_seconds: float, stop: threading.Event) -> bytes:
     content = bytearray()
-    chunks = _chunks(url, stall_seconds)
-    for chunk in chunks:
+    for chunk in _chunks(url, stall_seconds):
         content += memoryview(chunk)
-        if (size is not None and len(content) > size) or stop.is_set():
+        if len(content) > (_MOST_BYTES if size is None else size) or stop.is_set():
             break
+    if size is None and len(content) > _MOST_BYTES:
+        raise OSError(f"the body has more than {_MOST_BYTES} bytes")
     if size is not None and len(content) != size:
         more = "more than " if len(content) > size else ""
         raise OSError(f"the body has {more}{min(len(content), size)} bytes, expected {size}")
@@ -169,7 +181,7 @@ def _read_once(url: str, size: int | None, stall_seconds: float, stop: threading
 
 def _chunks(url: str, stall_seconds: float) -> Iterator[Any]:
     """Pieces of an object as they come; raises where none comes for `stall_seconds`."""
-    if urlsplit(url).scheme in OBSTORE:
+    if _scheme(url) in OBSTORE:
         store, path = _store(url, stall_seconds)
         found = _obstore().get(store, path)
         expected, given = found.meta["size"], 0
@@ -212,6 +224,9 @@ def _watched(opened: Any, stall_seconds: float) -> Iterator[bytes]:
             yield block
     finally:
         stop.set()
+        with suppress(queue.Empty):
+            while True:
+                blocks.get_nowait()  # the thread may wait for room
 
 
 def _obstore() -> Any:
@@ -236,8 +251,8 @@ def _fsspec() -> Any:
 
 
 def _store(url: str, stall_seconds: float) -> tuple[Any, str]:
-    """The store of a URL and the path in it."""
-    parts = urlsplit(url)
+    """The store of a URL and the path in it. A # is a letter like others: no store has fragments."""
+    parts = urlsplit(url.replace("#", "%23"))
     path = unquote(parts.path).strip("/")
     query = f"?{parts.query}" if parts.query and parts.scheme in _WEB else ""
     settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(_SETTINGS)))

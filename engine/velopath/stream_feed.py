@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from velopath import _core
 from velopath.cache import Cache
 from velopath.errors import DataError
 from velopath.mds import ShardEntry
+from velopath.urls import redact_text
 
 logger = logging.getLogger("velopath.remote")
 
@@ -30,6 +32,7 @@ _CHUNK = 32  # steps looked at in one go
 _MOST_ATTACHED = 8192  # maps of a process are limited
 _POLL_SECONDS = 0.05
 _LONG_SECONDS = 1.0
+_AGAIN_SECONDS = 5.0  # after a fetch that failed, or a turn; and when a wait is told of
 
 Shard = tuple[int, int]
 """Domain and number of a shard."""
@@ -73,11 +76,16 @@ class Feed:
         self._ahead = ahead
         self._attached: dict[Shard, None] = {}
         self._fetching: dict[Shard, Future[None]] = {}
-        self._failed: dict[Shard, BaseException] = {}
+        self._failed: dict[Shard, tuple[BaseException, float]] = {}  # and when to try again
         self._plan: _Plan | None = None
         self._wake = threading.Event()
         self._look_at = 0  # the step at which the plan is to be looked at again
         self._stop = False
+        self._waited: tuple[int, float, float] = (
+            -1,
+            0.0,
+            0.0,
+        )  # for a step since, and when to tell of it again
         self._waits, self._wait_seconds = 0, 0.0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="velopath-fetch")
         self._threads = threads
@@ -119,14 +127,16 @@ class Feed:
     # -- the director's thread
 
     def _run(self) -> None:
-        try:
-            while not self._stop:
-                self._wake.clear()
+        while not self._stop:
+            self._wake.clear()
+            try:
                 self._turn()
-                self._wake.wait(_POLL_SECONDS)
-        except BaseException as error:  # whatever it is, next() must not wait for a dead thread
-            if not self._stop:
-                self._core.fail(f"the feed of remote shards ended: {error!r}", "")
+            except Exception as error:  # whatever it is, next() must not wait for a dead thread
+                if not self._stop:
+                    self._plan = None
+                    self._core.fail(f"the feed of remote shards: {_problem(error)}", _place(error), None)
+                    self._wake.wait(_AGAIN_SECONDS)
+            self._wake.wait(_POLL_SECONDS)
 
     def _turn(self) -> None:
         self._collect()
@@ -144,7 +154,8 @@ class Feed:
             if error is None:
                 self._attached[shard] = None
             else:
-                self._failed[shard] = error
+                self._failed[shard] = error, time.monotonic() + _AGAIN_SECONDS
+                logger.warning("%s; tried again in %g s where the steps go on", error, _AGAIN_SECONDS)
 
     def _look_ahead(self) -> _Plan:
         """The plan without the steps handed out, looked at further where few shards are missing."""
@@ -199,12 +210,25 @@ class Feed:
             return
         failed = next((s for s in lacking if s in self._failed), None)
         if failed is not None:
-            error = self._failed[failed]
-            place = self._streams[failed[0]][1][failed[1]].place
-            if isinstance(error, DataError):
-                self._core.fail(error.problem, str(error.path))
-            else:
-                self._core.fail(repr(error), place)
+            error = self._failed[failed][0]
+            place = str(self._streams[failed[0]][1][failed[1]].place)
+            self._core.fail(_problem(error), _place(error) or place, plan.id)
+        elif ready == plan.first and lacking:
+            self._tell_wait(plan.first, lacking)
+
+    def _tell_wait(self, step: int, lacking: Sequence[Shard]) -> None:
+        """Say in the log what a step is waiting for, again and again, ever more seldom."""
+        now = time.monotonic()
+        awaited, since, tell = self._waited
+        if awaited != step:
+            self._waited = step, now, now + _AGAIN_SECONDS
+        elif now >= tell:
+            self._waited = step, since, now + 2 * (tell - since)
+            places = [str(self._streams[k][1][s].place) for k, s in lacking]
+            logger.warning(
+                "step %d waits for %s (%d shards) since %.0f s; another process may be fetching it",
+                step, places[0], len(places), now - since,
+            )  # fmt: skip
 
     def _fetch(self, needed: Mapping[Shard, None], plan: _Plan) -> None:
         """Start fetches in the order of need, as long as there are threads and, but for the next step, room."""
@@ -214,7 +238,7 @@ class Feed:
         for shard in needed:
             if len(self._fetching) >= self._threads:
                 return
-            if shard in self._attached or shard in self._fetching or shard in self._failed:
+            if shard in self._attached or shard in self._fetching or not self._may_try(shard):
                 continue
             size = self._streams[shard[0]][1][shard[1]].raw_bytes
             if not (waits and shard in urgent) and not self._cache.has_room(size + under_way):
@@ -223,13 +247,32 @@ class Feed:
             self._fetching[shard] = future = self._pool.submit(self._bring, shard)
             future.add_done_callback(lambda _: self._wake.set())
 
+    def _may_try(self, shard: Shard) -> bool:
+        """Whether a shard did not fail, or long enough ago: a network that was down ends no run at a later step."""
+        if shard in self._failed:
+            if time.monotonic() < self._failed[shard][1]:
+                return False
+            del self._failed[shard]
+        return True
+
     def _bring(self, shard: Shard) -> None:
-        """Fetch one shard and attach it."""
+        """Fetch one shard and attach it; once more where its file is gone before it is mapped."""
         stream, entries = self._streams[shard[0]]
         entry = entries[shard[1]]
-        path = self._cache.hold(entry)
-        try:
-            stream.attach(shard[1], str(path))
-        except BaseException:
-            self._cache.release(entry)
-            raise
+        for last in (False, True):
+            path = self._cache.hold(entry)
+            try:
+                stream.attach(shard[1], str(path))
+                return
+            except BaseException as error:
+                self._cache.release(entry)
+                if last or path.exists() or not isinstance(error, DataError):
+                    raise
+
+
+def _problem(error: BaseException) -> str:
+    return error.problem if isinstance(error, DataError) else redact_text(repr(error))
+
+
+def _place(error: BaseException) -> str:
+    return str(error.path or "") if isinstance(error, DataError) else ""

@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -56,8 +57,9 @@ def load_counts(
     )
     kept = cache.folder / f"{key}.counts.json"
     with locked(kept.with_suffix(".lock")):
-        if kept.is_file() and (found := _parsed(kept.read_bytes(), index, bytes_dtype)) is not None:
-            return found
+        with suppress(DataError):  # damaged: counted anew
+            if kept.is_file() and (found := _parsed(kept.read_bytes(), index, bytes_dtype)) is not None:
+                return found
         tokens = _count_all(index, count)
         write_durably(kept, _content(index, tokens, bytes_dtype))
     return tokens

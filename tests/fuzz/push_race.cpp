@@ -1,14 +1,18 @@
 // The sampler under every call at once, for the thread sanitizer: reader threads assemble, one thread pushes and takes
-// back pushes, one asks for state, main reads steps and closes. What was read must be what one thread reads that is
-// told the same pushes beforehand. `tests/fuzz/sanitize.py` builds it:  push_race STEPS [SEED]
+// back pushes, one asks for state, main reads steps and closes; where shards are fed, one attaches them, detaches them and
+// releases steps. What was read must be what one thread reads that is told the same pushes beforehand.
+// `tests/fuzz/sanitize.py` builds it:  push_race STEPS [SEED]
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -16,6 +20,7 @@
 #include <vector>
 
 #include "errors.h"
+#include "packing.h"
 #include "sampler.h"
 #include "token_stream.h"
 
@@ -23,7 +28,7 @@ using namespace velopath;
 
 namespace {
 
-constexpr u64 ROWS = 4, ROW_TOKENS = 16;
+constexpr u64 ROWS = 4, ROW_TOKENS = 16, TOKENS = ROWS * (ROW_TOKENS + 1);
 
 struct Push {
     u64 step;
@@ -61,8 +66,48 @@ ShardSpec shard(unsigned documents, unsigned salt) {
     return {path, documents, content.size(), {"tokens"}, {-1}, 0, {false, Type::uint16, {}}};
 }
 
-std::shared_ptr<const TokenStream> domain(unsigned documents, unsigned salt) {
-    return std::make_shared<const TokenStream>(std::vector<ShardSpec>{shard(documents, salt), shard(5, salt + 7), shard(3, salt + 9)}, 0);
+// How rows are made: of joined documents in the order of whole domains or of windows, of bins, of shards that are fed.
+enum class Kind { full, windowed, packed, fed };
+
+struct Domains {
+    std::vector<std::vector<ShardSpec>> shards;
+
+    Domains() {
+        for (const unsigned documents : {60u, 9u, 200u})
+            shards.push_back({shard(documents, documents), shard(5, documents + 7), shard(3, documents + 9)});
+    }
+
+    std::vector<std::shared_ptr<TokenStream>> streams(bool fed) const {
+        std::vector<std::shared_ptr<TokenStream>> result;
+        for (const std::vector<ShardSpec>& specs : shards) {
+            std::vector<u64> counts;
+            for (const ShardSpec& spec : specs) counts.push_back(TokenStream({spec}, {}).tokens());
+            result.push_back(fed ? std::make_shared<TokenStream>(specs, 0, counts) : std::make_shared<TokenStream>(specs, 0));
+        }
+        return result;
+    }
+};
+
+// Bins of a domain: its documents one behind the other, cut where a bin is full.
+std::shared_ptr<const Packing> bins_of(const TokenStream& stream) {
+    struct Arrays {
+        std::vector<u64> starts{0};
+        std::vector<Piece> pieces;
+    };
+    auto arrays = std::make_shared<Arrays>();
+    const auto lengths = stream.lengths();
+    u64 room = ROW_TOKENS + 1;
+    for (std::uint32_t d = 0; d < lengths.size(); ++d) {
+        for (std::uint32_t first = 0; first < lengths[d];) {
+            if (room == 0) arrays->starts.push_back(arrays->pieces.size()), room = ROW_TOKENS + 1;
+            const auto take = static_cast<std::uint32_t>(std::min<u64>(room, lengths[d] - first));
+            arrays->pieces.push_back({d, first, take});
+            first += take, room -= take;
+        }
+    }
+    arrays->starts.push_back(arrays->pieces.size());
+    return std::make_shared<const Packing>(arrays->starts.data(), arrays->starts.size() - 1, arrays->pieces.data(), arrays->pieces.size(),
+                                           ROW_TOKENS + 1, "bins", arrays);
 }
 
 struct Reader {  // a sampler with its buffers
@@ -71,30 +116,51 @@ struct Reader {  // a sampler with its buffers
     Buffer* spare;
     std::unique_ptr<Sampler> sampler;
 
-    Reader(const std::vector<std::shared_ptr<const TokenStream>>& streams, u64 threads, u64 window) {
+    // The order of fed shards is windowed; documents are marked in all but the first kind.
+    Reader(const std::vector<std::shared_ptr<TokenStream>>& streams, u64 threads, Kind kind) {
         Settings settings;
-        settings.window = window;
+        settings.window = kind == Kind::windowed || kind == Kind::fed ? 1 : 0;
+        settings.boundaries = kind != Kind::full;
+        settings.staged = streams[0]->attachable();
         settings.seed = 5, settings.rows = ROWS, settings.row_tokens = ROW_TOKENS, settings.threads = threads, settings.prefetch = 8;
         const u64 ring = Sampler::ring_size(settings);
-        memory.assign(ring + 1, std::vector<std::int32_t>(ROWS * (ROW_TOKENS + 1)));
+        memory.assign(3 * (ring + 1), std::vector<std::int32_t>(TOKENS));
         buffers.resize(ring + 1);
         std::vector<Buffer*> free;
-        for (u64 i = 0; i <= ring; ++i) buffers[i].tokens = memory[i].data(), free.push_back(&buffers[i]);
+        for (u64 i = 0; i <= ring; ++i) {
+            buffers[i] = {memory[3 * i].data(), memory[3 * i + 1].data(), memory[3 * i + 2].data()};
+            free.push_back(&buffers[i]);
+        }
         spare = free.back();
         free.pop_back();
         const std::vector<u64> shares{u64{1} << 31, u64{1} << 30, u64{1} << 30};
-        sampler.reset(new Sampler({{streams[0]}, {streams[1]}, {streams[2]}}, {11, 22, 33}, settings, shares, std::move(free)));
+        std::vector<Source> sources;
+        for (const auto& stream : streams) sources.push_back({stream, kind == Kind::packed ? bins_of(*stream) : nullptr});
+        sampler.reset(new Sampler(std::move(sources), {11, 22, 33}, settings, shares, std::move(free)));
     }
 
     // Hash of the next step: what was read of which domain under which weights.
     u64 next() {
-        const auto handed = sampler->next(spare, [] {});
+        std::optional<Handed> handed;
+        for (bool failed = true; failed;) {
+            try {
+                handed = sampler->next(spare, [] {});
+                failed = false;
+            } catch (const DataError&) {  // a fetch that failed and comes later
+            }
+        }
         require(handed.has_value(), "a stream that repeats goes on");
         u64 hash = handed->step * 31 + handed->weights_id;
         const auto add = [&hash](u64 value) { hash = (hash ^ value) * 0x100000001B3; };
         for (const std::int32_t d : handed->domains) add(static_cast<u64>(d));
         for (const std::int64_t id : handed->row_ids) add(static_cast<u64>(id));
-        for (u64 i = 0; i < ROWS * (ROW_TOKENS + 1); ++i) add(static_cast<u64>(handed->buffer->tokens[i]));
+        for (const std::int32_t count : handed->counts) add(static_cast<u64>(count));
+        for (const std::int32_t bound : handed->cu_seqlens) add(static_cast<u64>(bound));
+        for (u64 i = 0; i < TOKENS; ++i) {
+            add(static_cast<u64>(handed->buffer->tokens[i]));
+            add(static_cast<u64>(handed->buffer->documents[i]));
+            add(static_cast<u64>(handed->buffer->positions[i]));
+        }
         spare = handed->buffer;
         return hash;
     }
@@ -139,14 +205,38 @@ void ask_at_random(const Sampler& sampler, const std::atomic<bool>& done) {
     }
 }
 
-// Pushes that took effect in `steps` steps, of an order over whole domains or, with `window`, over windows of shards.
-std::size_t race(u64 steps, u64 seed, u64 window) {
-    const std::vector<std::shared_ptr<const TokenStream>> streams{domain(60, 1), domain(9, 2), domain(200, 3)};
+// Attaches what the next few steps need and nothing else, and now and then says that a fetch failed.
+void feed(Sampler& sampler, const Domains& domains, const std::vector<std::shared_ptr<TokenStream>>& streams,
+          const std::atomic<bool>& done) {
+    std::set<std::pair<std::uint32_t, std::uint32_t>> attached;
+    for (u64 turn = 0; !done; ++turn) {
+        const Scouted seen = sampler.scout({}, 1 + turn % 5);
+        std::set<std::pair<std::uint32_t, std::uint32_t>> needed;
+        for (const auto& step : seen.shards) needed.insert(step.begin(), step.end());
+        for (auto shard = attached.begin(); shard != attached.end();) {
+            if (needed.count(*shard) == 0) streams[shard->first]->detach(shard->second), shard = attached.erase(shard);
+            else ++shard;
+        }
+        for (const auto& [k, s] : needed)
+            if (attached.insert({k, s}).second) streams[k]->attach(s, domains.shards[k][s].path);
+        if (turn % 50 == 0) sampler.fail(std::make_exception_ptr(DataError("a fetch failed", "shard")), seen.plan);
+        static_cast<void>(sampler.release(seen.first + seen.shards.size(), seen.plan));
+        std::this_thread::yield();
+    }
+}
+
+// Pushes that took effect in `steps` steps.
+std::size_t race(u64 steps, u64 seed, Kind kind) {
+    const Domains domains;
+    const auto streams = domains.streams(kind == Kind::fed);
     std::vector<Push> pushed;
     std::vector<u64> read;
     {
-        Reader reader(streams, 3, window);
-        std::atomic<bool> done{false};
+        Reader reader(streams, 3, kind);
+        std::atomic<bool> done{false}, closed{false};
+        std::thread feeder([&] {
+            if (kind == Kind::fed) feed(*reader.sampler, domains, streams, closed);
+        });
         std::thread pusher([&] { push_at_random(*reader.sampler, seed, done, pushed); });
         std::thread asker([&] { ask_at_random(*reader.sampler, done); });
         for (u64 s = 0; s < steps; ++s) read.push_back(reader.next());
@@ -161,8 +251,10 @@ std::size_t race(u64 steps, u64 seed, u64 window) {
         } catch (const VelopathError&) {
         }
         closer.join();
+        closed = true;
+        feeder.join();
     }
-    Reader alone(streams, 0, window);
+    Reader alone(domains.streams(false), 0, kind);
     for (const Push& push : pushed) {
         static_cast<void>(alone.sampler->begin_push(push.step));
         alone.sampler->commit_push(push.shares);
@@ -176,6 +268,7 @@ std::size_t race(u64 steps, u64 seed, u64 window) {
 int main(int count, char** arguments) {
     const u64 steps = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 2000;
     const u64 seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1;
-    const std::size_t pushes = race(steps - steps / 2, seed, 0) + race(steps / 2, seed, 1);
+    std::size_t pushes = 0;
+    for (const Kind kind : {Kind::full, Kind::windowed, Kind::packed, Kind::fed}) pushes += race(steps / 4, seed, kind);
     std::printf("%llu steps, %zu pushes, no finding\n", static_cast<unsigned long long>(steps), pushes);
 }
