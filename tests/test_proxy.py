@@ -100,6 +100,35 @@ def test_a_static_main_path_reads_the_proxys_rows(undisturbed: Path, data: Path,
     assert mine == {r["step"]: r["loss"] for r in in_force(undisturbed, "step", "proxy")}
 
 
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ("uniform", {"code": 1 / 3, "prose": 1 / 3, "tables": 1 / 3}),
+        ({"code": 1.0, "prose": 2.0, "tables": 1.0}, {"code": 0.25, "prose": 0.5, "tables": 0.25}),
+    ],
+)
+def test_the_trunk_is_read_at_the_shares_that_targets_assume(
+    shares: Any, expected: dict[str, float], data: Path, tmp_path: Path
+) -> None:
+    with Run.open(config(data, proxy__shares=shares), tmp_path, command="test") as run:
+        found = find_targets(run)
+    assert found.shares == pytest.approx(expected)
+    read = [r for r in in_force(tmp_path, "exposure", "proxy")][-1]["domains"]
+    total = sum(row["tokens"] for row in read.values())
+    for name, share in expected.items():
+        assert read[name]["tokens"] / total == pytest.approx(share, abs=0.03)
+    assert found.cost_share == pytest.approx((30 * 128 + found.evaluation_tokens / 3) / (40 * 128))
+    assert "of the run that they are for" in found.cost_note
+
+
+def test_shares_of_other_domains_are_refused(data: Path, tmp_path: Path) -> None:
+    with (
+        Run.open(config(data, proxy__shares={"code": 1.0}), tmp_path, command="test") as run,
+        pytest.raises(ConfigError, match="no weight for domain 'prose'"),
+    ):
+        find_targets(run)
+
+
 def test_targets_are_found_once(undisturbed: Path, data: Path, tmp_path: Path) -> None:
     find(data, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes(), (tmp_path / "targets.json").read_bytes()

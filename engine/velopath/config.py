@@ -209,7 +209,7 @@ class TrainConfig(Tree):
 
 
 class ProxyConfig(Tree):
-    """The proxy trunk that target losses are fitted on: constant rate, original weights."""
+    """The proxy trunk that target losses are fitted on: constant rate, weights that do not move."""
 
     steps: PositiveInt = 350
     points: Annotated[int, Field(ge=4)] = Field(
@@ -219,6 +219,11 @@ class ProxyConfig(Tree):
         0.1, description="first point, as a share of steps; after the warm-up at the earliest"
     )
     law: Literal["auto", "two", "three", "prior"] = "auto"
+    shares: Literal["slice", "natural", "uniform"] | dict[str, float] = Field(
+        "slice",
+        description="shares the trunk is read at, which targets then assume: the slice's first weights, its token "
+        "shares, equal ones, or given by domain",
+    )
 
 
 class RunConfig(Tree):

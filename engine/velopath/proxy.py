@@ -1,4 +1,4 @@
-"""Target losses from a proxy trunk: one constant-rate run at the original weights, read at several points.
+"""Target losses from a proxy trunk: one constant-rate run at weights that do not move, read at several points.
 
 The trunk starts from the run's own starting model and warms up like the main path, so a point at D tokens shows
 what the undecayed main path would reach there. The held-out sample is the controller's own: l_target, l_init and
@@ -11,6 +11,7 @@ import math
 import shutil
 
 from velopath.config import ProxyConfig
+from velopath.domains import DomainTable, check_weights
 from velopath.errors import ConfigError, DataError
 from velopath.lineage import Cost
 from velopath.plots import plot_targets
@@ -37,6 +38,25 @@ def proxy_points(proxy: ProxyConfig, warmup_steps: int) -> list[int]:
             f"(warm-up {warmup_steps}); raise proxy.steps or lower proxy.points"
         )
     return points
+
+
+def first_shares(proxy: ProxyConfig, table: DomainTable) -> dict[str, float] | None:
+    """The shares that the trunk is read at, by domain; None: those of the slice, which need no change.
+
+    Targets hold for these shares only. Natural ones say what the run would reach if nothing moved; a domain that the
+    natural shares hardly read then has a high target, so the rule does not ask much of it. Uniform ones ask of every
+    domain what an equal part of the run brings; in our study such targets served better. Raises `ConfigError` where
+    given shares name other domains.
+    """
+    if proxy.shares == "slice":
+        return None
+    if proxy.shares == "natural":
+        return table.prior
+    if proxy.shares == "uniform":
+        return {name: 1 / len(table.names) for name in table.names}
+    assert isinstance(proxy.shares, dict)
+    check_weights(proxy.shares, table.names)
+    return {name: proxy.shares[name] for name in table.names}
 
 
 def find_targets(run: Run, force: bool = False) -> Targets:
@@ -84,6 +104,8 @@ def train_proxy(run: Run) -> Targets:
     tokens_read = 0
     known = {r["step"]: r for r in run.folder.metrics("eval", SEGMENT) if r["step"] in points}
     with run.session(piece, segment=SEGMENT, path=run.main_path(), state=state) as session:
+        if session.step == 0 and (first := first_shares(config.proxy, session.sampler.table)) is not None:
+            session.sampler.push(first, reason="proxy.shares")
         shares = dict(session.weights)
         tokens_per_step = session.sampler.global_rows * session.sampler.row_tokens
         run.begin(SEGMENT, session.step, points[-1])

@@ -63,6 +63,18 @@ class Targets:
         return {name: domain.target for name, domain in self.domains.items()}
 
     @property
+    def cost_share(self) -> float | None:
+        """What the points cost, as a share of the training up to where the targets are read: proxy tokens, and a third
+        of each token evaluated (a forward pass); None for targets given by hand."""
+        read = max((d.tokens or 0.0 for d in self.domains.values()), default=0.0)
+        return (self.proxy_tokens + self.evaluation_tokens / 3) / read if read else None
+
+    @property
+    def cost_note(self) -> str:
+        """`cost_share` as a phrase to put behind a sentence; empty for targets given by hand."""
+        return "" if self.cost_share is None else f": {self.cost_share:.0%} of the run that they are for"
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """All warnings, each behind its domain's name."""
         return tuple(f"{name}: {text}" for name, domain in self.domains.items() for text in domain.warnings)

@@ -67,7 +67,7 @@ def show_targets(targets: Targets) -> None:
         ["domain", "last proxy", "target", "90 % interval", "leave-last-out", "law"],
         rows,
         f"proxy: {targets.proxy_steps:,} steps, {targets.proxy_tokens:,} tokens, "
-        f"{targets.evaluation_tokens:,} tokens evaluated",
+        f"{targets.evaluation_tokens:,} tokens evaluated{targets.cost_note}",
     )
     for warning in targets.warnings:
         Console().print(f"warning: {warning}", style="yellow", highlight=False)
