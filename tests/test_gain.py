@@ -27,12 +27,6 @@ def test_means_hold_the_metric_s_own_shares() -> None:
         assert list(weights.values()) == pytest.approx(expected)
 
 
-def test_floor_holds_for_given_weights() -> None:
-    """floor 0.3 of 1/3 = 0.1 each; the others keep 2 : 1 in what is left, 0.9."""
-    state = MarginalGain(metric={"a": 0.0, "b": 2.0, "c": 1.0}, floor=0.3).start(FLAT, PRIOR)
-    assert state.shares == pytest.approx((0.1, 0.6, 0.3))
-
-
 def test_level_shares_by_hand() -> None:
     """Two domains, 100 tokens read and 300 expected each, s = 0.5, so 400 are left.
 

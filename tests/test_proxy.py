@@ -113,7 +113,7 @@ def test_the_trunk_is_read_at_the_shares_that_targets_assume(
     with Run.open(config(data, proxy__shares=shares), tmp_path, command="test") as run:
         found = find_targets(run)
     assert found.shares == pytest.approx(expected)
-    read = [r for r in in_force(tmp_path, "exposure", "proxy")][-1]["domains"]
+    read = in_force(tmp_path, "exposure", "proxy")[-1]["domains"]
     total = sum(row["tokens"] for row in read.values())
     for name, share in expected.items():
         assert read[name]["tokens"] / total == pytest.approx(share, abs=0.03)

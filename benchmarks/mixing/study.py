@@ -129,9 +129,10 @@ def _steps(study: Study, form: Form, found: dict[str, Any]) -> Iterator[Callable
             )
     for seed in (*form.target_seeds, *form.seeds):
         tokens = TARGET_SAMPLE * study.scale.heldout_tokens if seed == SEARCH_SEED else None
-        yield lambda seed=seed, tokens=tokens: found["targets"].update(  # type: ignore[misc]
-            target_errors(study, seed, tokens, form.laws)
-        )
+        for name in ("natural", "uniform"):
+            yield lambda seed=seed, name=name, tokens=tokens: found["targets"].update(  # type: ignore[misc]
+                target_errors(study, seed, name, tokens, form.laws)
+            )
 
 
 def _search(study: Study, form: Form, found: dict[str, Any]) -> None:

@@ -14,33 +14,31 @@ REACH = 0.15
 """How far the points reach, as a share of the run."""
 
 
-def target_errors(study: Study, seed: int, tokens: int | None, laws: Sequence[str] = LAWS) -> dict[str, Any]:
-    """By shares (natural, uniform) and law: predicted minus true loss per domain, in nats, and its mean size.
+def target_errors(
+    study: Study, seed: int, name: str, tokens: int | None, laws: Sequence[str] = LAWS
+) -> dict[str, Any]:
+    """By law: predicted minus true loss per domain, in nats, and its mean size, at the shares `name`.
 
-    `tokens` are held-out tokens per domain of the sample that both see; None: what rules see. Truth is the
-    control loss at the end of the same run, which stayed at those shares and at the peak rate.
+    `name` is "natural" or "uniform". `tokens` are held-out tokens per domain of the sample that both see; None: what
+    rules see. Truth is the control loss at the end of the same run, which stayed at those shares and at the peak rate.
     """
     found: dict[str, Any] = {}
-    for name, shares in (("natural", study.natural), ("uniform", study.uniform)):
-        run = (
-            study.truth(seed, shares, tokens, (*TARGET_POINTS, *LATER))
-            if tokens
-            else study.truth(seed, shares)
-        )
-        true = study.oracle(run)
-        curves = study.curves(run, REACH)
-        points = len(next(iter(curves.values())))
-        for law in laws:
-            errors = _errors(curves, true, study.scale.budget, law)
-            found[f"{name}, {law}, seed {seed}"] = {
-                "shares": name,
-                "law": law,
-                "seed": seed,
-                "points": points,
-                "cost": proxy_cost(study, tokens or study.scale.heldout_tokens, points),
-                "errors": errors,
-                "mean_absolute": sum(map(abs, errors.values())) / len(errors),
-            }
+    shares = {"natural": study.natural, "uniform": study.uniform}[name]
+    run = study.truth(seed, shares, tokens, (*TARGET_POINTS, *LATER)) if tokens else study.truth(seed, shares)
+    true = study.oracle(run)
+    curves = study.curves(run, REACH)
+    points = len(next(iter(curves.values())))
+    for law in laws:
+        errors = _errors(curves, true, study.scale.budget, law)
+        found[f"{name}, {law}, seed {seed}"] = {
+            "shares": name,
+            "law": law,
+            "seed": seed,
+            "points": points,
+            "cost": proxy_cost(study, tokens or study.scale.heldout_tokens, points),
+            "errors": errors,
+            "mean_absolute": sum(map(abs, errors.values())) / len(errors),
+        }
     return found
 
 

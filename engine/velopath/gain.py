@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from velopath.domains import DomainLoss, MixtureWeights, Progress, check_weights
 from velopath.errors import ConfigError
 from velopath.rule_state import Explanation, RuleState
-from velopath.shares import bounded_shares, check_range, mean_losses
+from velopath.shares import check_range, mean_losses
 
 STEEPEST = 4.0
 """No slope leaves the range from the pooled slope over this to the pooled slope times this."""
@@ -28,7 +28,7 @@ class MarginalGain:
     counts domain i for a[i] is lowest where these meet: at N[i] ~ a[i] s[i]. Over mixtures the slopes s of our study
     were alike (0.3 to 0.5 nats), while those seen along a run were not and misled (they mistake what a model knows
     for what it cannot learn). So all s are taken to be equal: for `mean` the shares are 1/K, for a `metric` that gives
-    weights by domain they are those weights, never under the floor, and nothing moves.
+    weights by domain they are those weights, and nothing moves.
 
     For `worst` the largest loss at the end counts. From 1/K, at every update::
 
@@ -83,9 +83,7 @@ class MarginalGain:
         else:
             check_weights(self.metric, tuple(weights))
             first = self.metric
-        state = RuleState.first(self.name, losses, first)
-        shares = bounded_shares(state.shares, self.floor / len(state.names), 1.0)
-        return RuleState.first(self.name, losses, dict(zip(state.names, shares, strict=True)))
+        return RuleState.first(self.name, losses, first)
 
     def observe(
         self, state: RuleState, losses: Mapping[str, float], progress: Progress | None = None
