@@ -178,6 +178,9 @@ def test_a_run_continues_from_an_export_and_knows_its_cost(
 def test_the_model_card_has_the_runs_numbers(finished: Path) -> None:
     card = (finished / "exports" / "v2" / "README.md").read_text()
     version = read_lineage(RunFolder(finished)).find("v2")
+    assert f"- trained for it alone: {6 * 128:,} tokens in {version.seconds:,.0f} s" in card
+    assert f"- trained in its history, in this run: {30 * 128:,} tokens" in card
+    assert f"- hash of its slice's data: {version.notes['data']}" in card
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "# small: v2" in card and "`velocitune` controller" in card
     assert "cosine decay from 0.01 at step 24 to 0 at step 30" in card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from velopath.lineage import Version
 from velopath.run import MAIN, Run
+from velopath.runlineage import read_lineage
 
 
 def model_card(run: Run, name: str, version: Version | None) -> str:
@@ -41,6 +42,7 @@ def model_card(run: Run, name: str, version: Version | None) -> str:
         lines += [
             f"- parent: {version.parent} at step {version.branch_step}",
             f"- steps of the branch: {version.steps}",
+            *_cost(run, version),
         ]
     lines += ["", "## Sources", "", "| domain | source | licence |", "| --- | --- | --- |"]
     for domain, facts in sorted(run.prepared.get("domains", {}).items()):
@@ -48,11 +50,20 @@ def model_card(run: Run, name: str, version: Version | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _cost(run: Run, version: Version) -> list[str]:
+    """What the version cost: its own edge, and all that stands behind it in this run."""
+    behind = sum((edge.cost for edge in read_lineage(run.folder).ancestors(version.name)), version.cost)
+    return [
+        f"- trained for it alone: {version.tokens:,} tokens in {version.seconds:,.0f} s",
+        f"- trained in its history, in this run: {behind.tokens:,} tokens in {behind.seconds:,.0f} s",
+        f"- hash of its slice's data: {version.notes.get('data', 'not recorded')}",
+    ]
+
+
 def _exposure(run: Run, version: Version) -> dict[str, dict[str, float]]:
     """Tokens and epochs by domain that the version has read: the slices before its own on the main path, whole,
     and what its branch's sampler counted (which includes the main path's part of that slice)."""
-    names = [name for name, _ in run.plan.slices]
-    before = set(names[: names.index(version.slice)]) if version.slice in names else set()
+    before = set(read_lineage(run.folder).slices_read(version.name)) - {version.slice}
     records = [r for r in run.folder.metrics("exposure", MAIN) if r["slice"] in before]
     parts = {r["slice"]: r["domains"] for r in records}  # the last record of a slice is at its end
     own = run.folder.metrics("exposure", version.name)

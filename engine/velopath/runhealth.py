@@ -147,7 +147,7 @@ def _during(folder: RunFolder, config: RunConfig, lineage: Lineage, name: str, l
         raise DataError(
             f"branch {name!r} has no checkpoint yet; look again later", path=folder.path / "checkpoints"
         )
-    path = LrPath.from_json(folder.__class__(saved[-1].parent).read_json("state.json")["path"])
+    path = LrPath.from_json(RunFolder(saved[-1].parent).read_json("state.json")["path"])
     assert path.end_step is not None and path.decay_from is not None
     base = next((e["loss"] for e in folder.metrics("eval", MAIN) if e["step"] == start["step"]), None)
     points = [(e["step"], e["loss"]) for e in evals if e["step"] > start["step"]]

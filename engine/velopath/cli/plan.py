@@ -98,13 +98,15 @@ def _price(
     parameters: float | None,
 ) -> Price:
     """The price of a step, from the options, the config's batch and evaluations, or a run that was measured."""
+    from velopath.controllers import needs_targets
     from velopath.plan_price import Price
 
     facts: dict[str, Any] = {}
     if config is not None:
         train = config.train
         facts = {"tokens_per_step": train.rows * train.row_tokens, "every": config.control.every}
-        facts["proxy_steps"] = config.proxy.steps if config.control.targets is None else 0
+        proxy = config.control.targets is None and needs_targets(config.control.controller)
+        facts["proxy_steps"] = config.proxy.steps if proxy else 0
         domains = _domains(config)
         facts["evaluation_tokens"] = config.control.heldout_tokens * domains
         facts["version_tokens"] = config.evaluate.tokens * domains
