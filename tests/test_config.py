@@ -96,7 +96,7 @@ def test_defaults_are_the_documented_ones() -> None:
         ("proxy.first", 1.5, r"proxy\.first: .*less than or equal to 1"),
         ("proxy.first", 0, r"proxy\.first: .*greater than 0 \(given: 0\)"),
         ("path.branch_share", 0, r"path\.branch_share: .*greater than 0 \(given: 0\)"),
-        ("proxy.law", "four", r"proxy\.law: .*'auto', 'two' or 'three'"),
+        ("proxy.law", "four", r"proxy\.law: .*'auto', 'two', 'three' or 'prior'"),
         ("evaluate.tokens", 0, r"evaluate\.tokens: .*greater than 0"),
         ("seed", -1, r"seed: .*seed -1 is outside 0 \.\.\. 2\^63 - 1"),
         ("seed", 1 << 63, r"seed: .*outside 0"),
