@@ -94,8 +94,8 @@ def during(
 ) -> list[Finding]:
     """Whether a decay pays and is complete: `gain` (mean over domains, nats) so far, beside what is `expected` by now.
 
-    `step` of `end`; `final_rate` is the rate after the end. Held to the limits from a quarter of the expected gain's
-    error on: below 0.01 nats expected nothing is said.
+    `step` of `end`; `final_rate` is the rate after the end. Where less than 0.01 nats are expected, the gain is not
+    judged.
     """
     found = []
     if expected >= 0.01:
