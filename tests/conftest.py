@@ -6,7 +6,7 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from velopath.mds.write import MdsWriter
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two small kernels on two busy cores wait for each other
 VOCABULARY = 64
 EOS = 0
+FILE_LIMIT = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
 def write_domain(folder: Path, seed: int, documents: int, length: int = 90, period: int = 7) -> int:
@@ -68,8 +69,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def limited() -> Iterator[Callable[[int], None]]:
     """Lets no file of this process grow beyond so many bytes (EFBIG), as a full disk would: works for every user."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, FILE_LIMIT[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, FILE_LIMIT)
     signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, object, object]:
+    """Lift a test's file limit before pytest writes what became of it: its own output may be a file, too."""
+    try:
+        return (yield)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, FILE_LIMIT)
