@@ -26,7 +26,7 @@ class MarginalGain:
 
     In its own tokens a domain's loss falls about as l(n) = c - s ln n. A token is then worth a s / n, and the mean that
     counts domain i for a[i] is lowest where these meet: at N[i] ~ a[i] s[i]. Over mixtures the slopes s of our study
-    were alike (0.3 to 0.5 nats), while those seen along a run were not and misled (they mistake what a model knows
+    were alike (0.2 to 0.5 nats), while those seen along a run were not and misled (they mistake what a model knows
     for what it cannot learn). So all s are taken to be equal: for `mean` the shares are 1/K, for a `metric` that gives
     weights by domain they are those weights, and nothing moves.
 
