@@ -16,6 +16,7 @@ from velopath.loss import linear_domain_cross_entropy
 
 CHECKS = [
     *(f"{name}, {backend}" for name in OPTIONS for backend in ("reference", "cpu", "numba")),
+    "another cut",
     "compiled",
     "DDP",
     "DDP, checkpointed",

@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from velopath.errors import ConfigError
 from velopath.loss.ops import cross_entropy_, linear_cross_entropy
+
+
+def _first_derivative_only() -> None:
+    """Refuse `create_graph=True`: the gradient is made in forward, and a derivative of it would be silently 0."""
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        raise ConfigError(
+            "the per-domain cross-entropy can be differentiated once; leave out create_graph=True, or use "
+            "backend='reference'"
+        )
 
 
 def _once(ctx: Any) -> None:
@@ -74,8 +82,8 @@ class DomainCrossEntropy(torch.autograd.Function):
         return loss, sums, tokens
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+        _first_derivative_only()
         (gradient,) = ctx.saved_tensors
         if ctx.inplace:
             (gradient,) = _multiplied(ctx, upstream, (gradient,))
@@ -134,8 +142,8 @@ class LinearDomainCrossEntropy(torch.autograd.Function):
         return loss, sums, tokens
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+        _first_derivative_only()
         of_hidden, of_weight = ctx.needs_input_grad[:2]
         main_grad = ctx.main_grad
         if ctx.per_row:
@@ -169,8 +177,8 @@ class IntoMainGrad(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, None]:
+        _first_derivative_only()
         ctx.main_grad.add_(upstream)
         return None, None
 

@@ -101,8 +101,8 @@ class RowBatch:
         return loss, sums, torch.stack((self.nats, details.lse))
 
 
-def _count(targets: Tensor, domains: Tensor, vocab: int, settings: Settings) -> Tensor:
+def _count(targets: Tensor, domains: Tensor, vocab: int | Tensor, settings: Settings) -> Tensor:
     """Rows counted, an int64 scalar on the device. A GPU is not waited for: there a bad id gives NaN."""
     if targets.device.type == "cpu":
-        return cpu.check_values(targets, domains, vocab, settings.n_domains, settings.ignore_index)
+        return cpu.check_values(targets, domains, int(vocab), settings.n_domains, settings.ignore_index)
     return (targets != settings.ignore_index).sum()

@@ -16,8 +16,6 @@ from velopath.errors import ConfigError
 from velopath.loss import backends
 from velopath.loss.options import Details, Settings
 
-_SEEN: dict[tuple[str, int], tuple[int, ...]] = {}
-
 
 class Shard:
     """This rank's columns `first` ... `first + columns` of `vocab`."""
@@ -25,16 +23,13 @@ class Shard:
     def __init__(self, group_name: str, columns: int, device: torch.device) -> None:
         resolve: Any = torch_dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
         self.group: Any = resolve(group_name)
-        key = (group_name, columns)
-        if key not in _SEEN:
-            # Once per group and size, because reading the answer waits for the device.
-            sizes = torch.zeros(torch_dist.get_world_size(self.group), dtype=torch.int64, device=device)
-            sizes[torch_dist.get_rank(self.group)] = columns
-            torch_dist.all_reduce(sizes, group=self.group)
-            _SEEN[key] = tuple(sizes.tolist())
-        sizes_of_ranks = _SEEN[key]
-        self.columns, self.vocab = columns, sum(sizes_of_ranks)
-        self.first = sum(sizes_of_ranks[: torch_dist.get_rank(self.group)])
+        # Asked at every call and left on the device: a memory of earlier answers would be right on one rank and
+        # wrong on another, one of which would then wait for the other.
+        rank = torch_dist.get_rank(self.group)
+        sizes = torch.zeros(torch_dist.get_world_size(self.group), dtype=torch.int64, device=device)
+        sizes[rank] = columns
+        torch_dist.all_reduce(sizes, group=self.group)
+        self.columns, self.vocab, self.first = columns, sizes.sum(), sizes[:rank].sum()
 
     def local_targets(self, targets: Tensor, ignore_index: int) -> Tensor:
         """Targets counted from this shard's first column, as `backends.statistics` takes them."""
@@ -88,13 +83,14 @@ def write_rows(
     m, top, left, d, x_target, given_target, sum_x = shard.merged(own)
     counted = targets != settings.ignore_index
     # A GPU is not waited for: an invalid target makes the row NaN.
-    valid = (targets >= 0) & (targets < shard.vocab)
+    vocab = shard.vocab.double()  # divided into the numbers of rows, which are fp64
+    valid = (targets >= 0) & (targets < vocab)
     log_d = torch.where(valid, d.log(), torch.nan)
     row_nats, lse = (m - x_target) + log_d, m + log_d
     e, z = options.label_smoothing, options.z_loss
     losses = row_nats + z * lse.square()
     if e:
-        losses = losses + e * (x_target - sum_x / shard.vocab)
+        losses = losses + e * (x_target - sum_x / vocab)
     scales = details.scales.double()
     nats.copy_(torch.where(counted, row_nats, 0.0))
     details.lse.copy_(torch.where(counted, lse, 0.0))
@@ -102,7 +98,5 @@ def write_rows(
     if details.correct is not None:
         details.correct.copy_(counted & (given_target == top) & (left < top) & ~row_nats.isnan())
     if gradient:
-        factors = torch.stack(
-            (m, scales * (1 + 2 * z * lse) / d, scales * (e / shard.vocab), scales * (1 - e))
-        )
+        factors = torch.stack((m, scales * (1 + 2 * z * lse) / d, scales * (e / vocab), scales * (1 - e)))
         backends.write_gradient(settings.backend, logits, local, factors, options, padded=padded)
