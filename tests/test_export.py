@@ -104,6 +104,9 @@ def test_models_are_evaluated_by_name_and_by_folder(finished: Path, monkeypatch:
         assert dict(evaluate_model(run, str(finished / "exports" / "v1"))) == recorded
         assert dict(evaluate_model(run, "main@8")) == read_lineage(run.folder).find("v1").notes["before"]
         assert evaluate_model(run, "v1", tokens=64).tokens == (64, 64)
+        train = run.config.train.model_copy(update={"document_mask": True})  # judged as it was trained
+        run.config = run.config.model_copy(update={"train": train})
+        assert dict(evaluate_model(run, "v1")) != recorded
         for unknown in ("v3", "main@9", "main@", "main"):
             message = f"no model {unknown!r} in .*; there are v1, v2, main@8, main@"
             with pytest.raises(ConfigError, match=message):

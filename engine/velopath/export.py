@@ -69,6 +69,7 @@ def evaluate_model(run: Run, model: str, tokens: int | None = None) -> DomainLos
         batch_rows=settings.batch_rows,
         dist=run.dist,
         bf16=run.config.train.precision == "bf16",
+        document_mask=run.config.train.document_mask,
     )
 
 
