@@ -91,7 +91,8 @@ class SessionTrainer(Trainer):  # type: ignore[misc]
             mean = counts.double().mean() if batch.counts is not None else counts[0]
             mean = self.accelerator.reduce(mean, "mean") if batch.counts is not None else mean
             for i in range(parts):
-                yield {k: v.chunk(parts)[i] for k, v in step.items()} | {"share": (counts[i] / mean).float()}
+                share = (counts[i] / mean.clamp(min=1e-9)).float()
+                yield {k: v.chunk(parts)[i] for k, v in step.items()} | {"share": share}
         raise DataError(
             f"the data ended at step {self.session.step}; prepare more, or let the sampler repeat"
         )
