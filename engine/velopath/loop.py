@@ -120,7 +120,8 @@ class Loop:
         )
         in_flight: deque[tuple[Any, Any]] = deque()
         digest = ""
-        self.control(session, slice_name, watch)
+        with meter.paused():
+            self.control(session, slice_name, watch)
         while session.step < until:
             rate = session.rate
             try:
