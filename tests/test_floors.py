@@ -71,6 +71,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "hf",
         "optim",
         "dist",
+        "sharding",
         "tensor_files",
         "checkpoint",
         "phases",

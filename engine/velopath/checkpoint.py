@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from velopath.errors import ConfigError, DataError
 from velopath.model import bare
+from velopath.sharding import fill, gathered, placed
 from velopath.tensor_files import (
     check_json,
     fill_tensors,
@@ -53,21 +54,32 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    write: bool = True,
 ) -> str:
     """Write the checkpoint `folder` as one atomic, durable act; returns the sha256 of its manifest.
 
     Saves model, optimiser, torch's random generators and the JSON-able `state`. An existing checkpoint of that
     name stays loadable until the new one stands. Raises `ConfigError` on a state that JSON cannot hold exactly,
-    before anything is written. To be called on one rank only.
+    before anything is written.
+
+    To be called on one rank only; where the model is sharded on all of them, with `write` on the one that writes (the
+    others return ""). The files hold whole tensors, so any number of ranks can load them.
     """
     check_json(state, "state")
     tensors, groups = _optimizer_tensors(model, optimizer)
+    parameters, tensors = gathered(named_tensors(model), write), gathered(tensors, write)
+    if not write:
+        return ""
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         rng["cuda"] = torch.cuda.get_rng_state()
     with staged_folder(folder) as stage:
-        save_tensors(stage / "model.safetensors", named_tensors(model))
+        save_tensors(stage / "model.safetensors", parameters)
         save_tensors(stage / "optimizer.safetensors", tensors)
         save_tensors(stage / "rng.safetensors", rng)
         write_json(stage / "optimizer.json", {"class": type(optimizer).__name__, "groups": groups})
@@ -138,11 +150,12 @@ class Checkpoint:
                             path=path,
                         )
                     if kind in current:
-                        current[kind].copy_(value)
-                    else:
+                        fill(current[kind], value)
+                    elif kind == "step":
                         # torch keeps the step count on the CPU unless the kernel reads it on the device
-                        where = parameter.device if kind != "step" or on_device else torch.device("cpu")
-                        current[kind] = value.to(where)
+                        current[kind] = value.to(parameter.device if on_device else torch.device("cpu"))
+                    else:
+                        current[kind] = placed(value, parameter)
         if by_parameter:
             raise DataError(f"state of unknown parameter {next(iter(by_parameter))!r}", path=path)
 

@@ -184,6 +184,10 @@ class TrainConfig(Tree):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0: no clipping")
+    parallel: Literal["ddp", "fsdp2"] = Field(
+        "ddp",
+        description="several ranks: each holds the whole model, or parameters, gradients and moments are spread",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over fp32 master weights")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool | None = Field(None, description="torch.compile; null: on a GPU only")

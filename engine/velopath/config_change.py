@@ -24,6 +24,7 @@ FREE = (
     "train.device",
     "train.activation_checkpointing",
     "train.compile",
+    "train.parallel",
     "train.peak_flops",
     "train.threads",
     "train.log_every",

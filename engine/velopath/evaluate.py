@@ -24,6 +24,7 @@ from velopath.errors import ConfigError, DataError
 from velopath.loss import linear_domain_cross_entropy
 from velopath.mds import read_documents
 from velopath.model import bare
+from velopath.sharding import reshard
 from velopath.stream_data import heldout_names, read_table
 from velopath.train_step import IGNORED
 from velopath.urls import below, redact
@@ -174,14 +175,16 @@ def evaluate(
     if batch_rows < 1:
         raise ConfigError(f"batch_rows is {batch_rows}; expected 1 or more")
     dist = dist or Dist()
-    weight: Any = bare(model).unembed_weight
-    if heldout.largest_token >= len(weight):
+    inner: Any = bare(model)
+    vocabulary = len(inner.unembed_weight)
+    if heldout.largest_token >= vocabulary:
         raise DataError(
-            f"the hold-out has token id {heldout.largest_token}, the model's vocabulary {len(weight)} entries"
+            f"the hold-out has token id {heldout.largest_token}, the model's vocabulary {vocabulary} entries"
         )
     sample = heldout.sample(tokens_per_domain, rotation)
     rows, device = len(sample.inputs), dist.device
-    batches = -(-rows // batch_rows)
+    # As many on every rank, because the ranks of a sharded model run it together: the last ones may be empty.
+    batches = -(-rows // (batch_rows * dist.world)) * dist.world
     # One slot per row: ranks fill their own, and a sum with zeros is exact, whatever the world size.
     sums = torch.zeros(2, batches * batch_rows, dtype=torch.float64, device=device)
     slots = torch.arange(batch_rows, device=device)
@@ -198,11 +201,13 @@ def evaluate(
                 ):
                     within[key] = _padded(value[first : first + batch_rows], batch_rows, padding).to(device)
             hidden = model(inputs, **within)
+            weight = inner.unembed_weight  # after the forward pass, which makes a sharded one whole
             # Rows take the place of domains: their sums are what the standard error needs, and add up exactly.
             _, part = linear_domain_cross_entropy(
                 hidden.flatten(0, 1), weight, targets.flatten(), slots, n_domains=batch_rows
             )
             sums[:, first : first + batch_rows] = part
+    reshard(inner)
     nats_R, tokens_R = dist.all_reduce_sum(sums).cpu().numpy()[:, :rows]
     return _domain_loss(heldout.names, nats_R, tokens_R, sample.domains)
 

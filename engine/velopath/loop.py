@@ -30,6 +30,7 @@ from velopath.phases import Phases
 from velopath.profiling import Profile
 from velopath.runconfig import older_domains
 from velopath.session import Session
+from velopath.sharding import is_sharded
 from velopath.stream import TokenBatch
 from velopath.train_step import TrainStep
 
@@ -255,9 +256,16 @@ class Loop:
                 "Push the same weights on every rank"
             )
         with self.phases.host("save"):
-            if self.dist.rank == 0:
-                folder, step = step_folder(checkpoints, session.step), self.step
-                digest = save_checkpoint(folder, model=step.decoder, optimizer=step.optimizer, state=state)
+            step = self.step
+            if self.dist.is_main or is_sharded(step.decoder):
+                digest = save_checkpoint(
+                    step_folder(checkpoints, session.step),
+                    model=step.decoder,
+                    optimizer=step.optimizer,
+                    state=state,
+                    write=self.dist.is_main,
+                )
+            if self.dist.is_main:
                 prune(checkpoints, keep_last=self.config.train.keep_last, keep_steps=set(keep))
             self.dist.barrier()
         return digest

@@ -14,6 +14,8 @@ from velopath.hf import load_hf
 from velopath.model import Decoder, preset
 from velopath.optim import build_optimizer
 from velopath.phases import Phases
+from velopath.sharding import fill, shard
+from velopath.tensor_files import named_tensors
 from velopath.train_step import TrainStep
 
 
@@ -42,9 +44,12 @@ def starting_model(config: RunConfig, prepared: Mapping[str, Any], device: torch
 def make_step(
     config: RunConfig, decoder: Decoder, *, n_domains: int, dist: Dist, phases: Phases
 ) -> TrainStep:
-    """The step of the config on `decoder`, with AdamW at rate 0 until the first."""
+    """The step of the config on `decoder`, which FSDP2 may spread over the ranks; AdamW at rate 0 until the first."""
     train = config.train
     decoder.recompute = train.activation_checkpointing
+    compile = dist.device.type == "cuda" if train.compile is None else train.compile
+    if train.parallel == "fsdp2" and dist.world > 1:
+        shard(decoder, dist, compile=compile)
     return TrainStep(
         decoder,
         build_optimizer(decoder, weight_decay=train.weight_decay, betas=train.betas),
@@ -53,6 +58,13 @@ def make_step(
         micro_rows=train.micro_rows,
         clip=train.clip,
         bf16=train.precision == "bf16",
-        compile=dist.device.type == "cuda" if train.compile is None else train.compile,
+        compile=compile,
         phases=phases,
     )
+
+
+def restart(decoder: Decoder, start: Decoder) -> None:
+    """Give `decoder`, sharded or not, the values of `start` again."""
+    values = named_tensors(start)
+    for name, tensor in named_tensors(decoder).items():
+        fill(tensor, values[name])

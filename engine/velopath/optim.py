@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from velopath.errors import ConfigError
+from velopath.sharding import whole
 
 
 def build_optimizer(
@@ -75,7 +76,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     host sync) and is NaN or infinite when a gradient is: the caller decides what then happens to the step.
     """
     grads = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in grads if p.grad is not None])
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in grads if p.grad is not None]))
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(grads, max_norm, norm)
     return norm

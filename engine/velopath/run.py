@@ -28,7 +28,7 @@ from velopath.environment import describe_environment
 from velopath.errors import ConfigError, DataError, StoppedError, WriteError
 from velopath.evaluate import HeldOut, Tokens
 from velopath.loop import Loop, StopRequest
-from velopath.machine import make_step, starting_model
+from velopath.machine import make_step, restart, starting_model
 from velopath.model import Decoder
 from velopath.phases import Phases
 from velopath.plan import Plan, make_plan
@@ -252,7 +252,7 @@ class Run:
                 checkpoint.restore(step.decoder, step.optimizer, rng=True)
                 return loop, checkpoint
         if not is_new:
-            step.decoder.load_state_dict(self.new_model().state_dict())
+            restart(step.decoder, self.new_model())
             step.optimizer.state.clear()
         torch.manual_seed(self.config.seed)
         return loop, None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from velopath.durable import make_folder, sync_folder, write_error
 from velopath.errors import ConfigError, DataError, WriteError
 from velopath.model import bare
+from velopath.sharding import fill
 
 MAX_JSON_BYTES = 64 << 20
 """A larger JSON file is refused unread: honest ones hold kilobytes."""
@@ -89,7 +90,7 @@ def fill_tensors(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], pa
                 path=path,
             )
     for name, target in targets.items():
-        target.copy_(values[name])
+        fill(target, values[name])
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from velopath.loss import linear_domain_cross_entropy
 from velopath.model import Decoder
 from velopath.optim import clip_grad_norm, set_rate
 from velopath.phases import Phases
+from velopath.sharding import is_sharded, sum_gradients
 
 IGNORED = -100
 """Target of a position that does not count: padding."""
@@ -72,7 +73,8 @@ class TrainStep:
 
     Rows are cut into micro-batches of `micro_rows`. Without `targets` every row counts T tokens, so the mean over
     micro-batches (and over ranks, by DDP) is the mean over tokens; with them a micro-batch of n tokens weighs n over
-    the mean n of all micro-batches of all ranks, computed on the device. A gradient norm that is not finite skips the
+    the mean n of all micro-batches of all ranks, computed on the device. A `decoder` that `velopath.sharding.shard` has
+    spread over the ranks stays so, any other is wrapped by DDP. A gradient norm that is not finite skips the
     update on the device, on all ranks alike; the caller sees the norm and decides.
 
     With `compile` one graph serves as long as this object lives: rates, weights, checkpoints restored into `decoder`
@@ -100,12 +102,14 @@ class TrainStep:
         self._parameters = [p for p in decoder.parameters() if p.requires_grad]
         self._micro_rows, self._clip, self._bf16, self._dist = micro_rows, clip, bf16, dist
         module: nn.Module = LossModel(decoder, n_domains)
-        if dist.world > 1:
+        self._sharded = is_sharded(decoder)
+        if dist.world > 1 and not self._sharded:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             # The RoPE tables are buffers, equal on all ranks: nothing to send.
             module = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
         self._ddp = module if isinstance(module, DistributedDataParallel) else None
-        self._module = cast(nn.Module, torch.compile(module)) if compile else module
+        # The layers of a sharded decoder are compiled one by one, by `shard`.
+        self._module = cast(nn.Module, torch.compile(module)) if compile and not self._sharded else module
 
     def __call__(self, tokens: Tensor, domains: Tensor, rate: float, **padded: Tensor) -> StepResult:
         rows = self._micro_rows or len(tokens)
@@ -116,6 +120,8 @@ class TrainStep:
         for i, (tokens_BT1, domains_B) in enumerate(parts):
             if self._ddp is not None:
                 self._ddp.require_backward_grad_sync = i == len(parts) - 1
+            elif self._sharded:
+                sum_gradients(self.decoder, i == len(parts) - 1)
             self._begin("forward")
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
                 part_loss, part_sums = self._module(
