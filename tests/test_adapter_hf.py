@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -125,11 +127,15 @@ def test_micro_batches_weigh_by_their_tokens(data: Path, tmp_path: Path) -> None
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "granite"])
+@pytest.mark.parametrize("kind", ["llama", "granite", "gemma"])
 def test_the_loss_is_that_of_transformers(kind: str) -> None:
-    """Granite scales its logits, so that they are not hidden states times the embedding."""
+    """Granite scales its logits and Gemma caps them, so that they are not hidden states times the embedding."""
     torch.manual_seed(0)
-    model = llama() if kind == "llama" else GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0))
+    model = {
+        "llama": llama,
+        "granite": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0)),
+        "gemma": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=16)),
+    }[kind]()
     assert HiddenModel(model).is_exact() == (kind == "llama")
     tokens, domains = torch.randint(64, (4, 33)), torch.tensor([0, 2, 2, 0])
     labels = tokens.clone()

@@ -30,6 +30,8 @@ class HiddenModel(nn.Module):
     @torch.no_grad()
     def is_exact(self) -> bool:
         """Whether hidden @ weight^T are the model's logits, tried on two tokens: no bias, scale or softcap."""
+        if getattr(self.model.config.get_text_config(), "final_logit_softcapping", None):
+            return False  # which the small logits of an untrained model would not show
         training, tokens = self.model.training, torch.tensor([[0, 1]], device=self.model.device)
         self.model.eval()
         ours, theirs = nn.functional.linear(self(tokens), self.unembed_weight), self.model(tokens).logits
