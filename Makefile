@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test bench peers interop sanitize lint clean help
+.PHONY: install demo test bench peers interop moto sanitize lint clean help
 help:  ## show these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -43,6 +43,9 @@ peers: .venv-peers/.installed .venv-mosaic/.peer  ## install the data loaders th
 
 interop: $(STAMP)  ## check both directions against mosaicml-streaming, in .venv-mosaic (1 GB)
 	PYTHONPATH=tests $(BIN)/python -m interop.check --venv .venv-mosaic --results tests/interop/results
+
+moto: $(STAMP)  ## check remote data against moto's S3 server, in .venv-moto (320 MB)
+	PYTHONPATH=tests $(BIN)/python -m interop.moto_check --venv .venv-moto --results tests/interop/results
 
 sanitize:  ## run the C++ core under ASan, UBSan and TSan; longer: make sanitize MINUTES=30
 	$(PYTHON) tests/fuzz/sanitize.py --minutes $(or $(MINUTES),0)

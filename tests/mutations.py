@@ -130,6 +130,16 @@ MUTATIONS = [
         "tests/test_sampler.py::test_a_stall_is_an_error_and_no_step_is_lost",
     ),
     engine(
+        "R9", "a fetch that failed is tried again while the steps go on", "stream_feed.py",
+        "            del self._failed[shard]\n", "            return False\n",
+        "test_remote_feed.py::test_a_network_that_was_down_ends_no_run",
+    ),
+    engine(
+        "R9", "a cache folder that is removed is made again", "cache.py",
+        'if last or getattr(error.__cause__, "errno", None) != errno.ENOENT:', "if True:",
+        "test_remote_feed.py::test_a_folder_removed_in_the_midst_of_a_fetch",
+    ),
+    engine(
         "R11", "the lock of a run folder", "runfolder.py",
         "            self._take(self._handle)\n", "            pass\n",
         "test_runfolder.py::test_the_second_writer_is_refused_by_pid_and_host",
@@ -166,6 +176,11 @@ MUTATIONS = [
     engine(
         "R13", "a config's depth is bounded before it is built", "config.py",
         "if depth > MAX_YAML_DEPTH:", "if False:", "test_config.py::test_a_malformed_file_is_refused",
+    ),
+    Mutation(
+        "R13", "C++: a shard is looked up under the mutex that guards attaching", "csrc/token_stream.cpp",
+        "const std::lock_guard<std::mutex> lock(mutex_);\n        pin = part.mapped;", "pin = part.mapped;",
+        "tests/test_sanitize.py::test_the_sampler_under_every_call_at_once",
     ),
     engine(
         "R17", "a sampler that is closed lets go of its log", "audit.py",

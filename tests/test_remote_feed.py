@@ -6,12 +6,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from object_server import ACCESS_KEY, REGION, SECRET_KEY, ObjectServer, serving
-from velopath import open_sampler
+from velopath import open_sampler, remote
 from velopath.cache import Cache
 from velopath.errors import DataError, VelopathError
 from velopath.mds import MdsWriter, load_index, read_documents
@@ -236,3 +237,21 @@ def test_marks_in_a_folder_that_was_emptied(s3: ObjectServer, tmp_path: Path) ->
     assert held.is_file()
     cache.release(second)
     assert other.has_room(SHARD_BYTES)
+
+
+def test_a_folder_removed_in_the_midst_of_a_fetch(
+    s3: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, cache = remote.read, tmp_path / "cache"
+    removed: list[str] = []
+
+    def read_and_remove(url: str, **options: Any) -> bytes:
+        if not removed:
+            shutil.rmtree(cache)
+            removed.append(url)
+        return fetch(url, **options)
+
+    monkeypatch.setattr(remote, "read", read_and_remove)
+    entry = load_index("s3://bucket/data/a").shards[0]
+    assert Cache(cache).hold(entry).stat().st_size == entry.raw_bytes
+    assert removed
