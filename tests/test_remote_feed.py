@@ -121,19 +121,26 @@ def test_a_network_that_was_down_ends_no_run(
 ) -> None:
     """Shards of later steps whose fetches failed are asked for again before their steps come."""
     monkeypatch.setattr("velopath.stream_feed._AGAIN_SECONDS", 0.2)
+    shards = [s.place for name in "ab" for s in load_index(f"s3://bucket/data/{name}").shards]
+    broken: list[object] = ["ok"] * 8 + [503, "..."]  # of all shards together: 8 fetches, then none
+    s3.faults |= dict.fromkeys(["/" + place.removeprefix("s3://") for place in shards], broken)
     with (
         open_sampler("s3://bucket/data", cache=tmp_path, fetch=QUICK, **OPTIONS) as far,
         open_sampler(store / "bucket/data", order="windowed", **OPTIONS) as near,
     ):
         same_steps(far, near, 1)
-        s3.faults["*"] = [503, "..."]
-        before = s3.gets.total()
-        deadline = time.monotonic() + 10
-        while s3.gets.total() < before + 4 and time.monotonic() < deadline:
-            far._feed.wake()  # type: ignore[union-attr]
+        deadline = time.monotonic() + 30
+        while broken != [503, "..."] and time.monotonic() < deadline:
             time.sleep(0.02)
+        before = s3.gets.total()
+        while s3.gets.total() < before + 8 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert s3.gets.total() >= before + 8
         s3.faults.clear()
-        time.sleep(0.5)
+        feed = far._feed
+        assert feed is not None
+        while (feed._failed or feed._fetching) and time.monotonic() < deadline:
+            time.sleep(0.02)
         same_steps(far, near, 150)
 
 
@@ -255,3 +262,14 @@ def test_a_folder_removed_in_the_midst_of_a_fetch(
     entry = load_index("s3://bucket/data/a").shards[0]
     assert Cache(cache).hold(entry).stat().st_size == entry.raw_bytes
     assert removed
+
+
+def test_errors_of_a_remote_index_name_its_url(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text('{"version": 2, "shards": [{"format": "other"}]}')
+    with serving(tmp_path, query="sig=feed0badcafe") as web:
+        place = rf"^{web.url}/index.json\?\*\*\* field 'shards\[0\].format': "
+        with pytest.raises(DataError, match=place):
+            load_index(f"{web.url}?sig=feed0badcafe")
+        (tmp_path / "index.json").write_text("{")
+        with pytest.raises(DataError, match=rf"^{web.url}/index.json\?\*\*\*: not valid JSON"):
+            load_index(f"{web.url}/?sig=feed0badcafe")

@@ -210,7 +210,7 @@ void feed(Sampler& sampler, const Domains& domains, const std::vector<std::share
           const std::atomic<bool>& done) {
     std::set<std::pair<std::uint32_t, std::uint32_t>> attached;
     for (u64 turn = 0; !done; ++turn) {
-        const Scouted seen = sampler.scout({}, 1 + turn % 5);
+        const Scouted seen = sampler.scout({}, 5);  // as far each time: what was released stays in sight
         std::set<std::pair<std::uint32_t, std::uint32_t>> needed;
         for (const auto& step : seen.shards) needed.insert(step.begin(), step.end());
         for (auto shard = attached.begin(); shard != attached.end();) {
@@ -220,7 +220,7 @@ void feed(Sampler& sampler, const Domains& domains, const std::vector<std::share
         for (const auto& [k, s] : needed)
             if (attached.insert({k, s}).second) streams[k]->attach(s, domains.shards[k][s].path);
         if (turn % 50 == 0) sampler.fail(std::make_exception_ptr(DataError("a fetch failed", "shard")), seen.plan);
-        static_cast<void>(sampler.release(seen.first + seen.shards.size(), seen.plan));
+        static_cast<void>(sampler.release(seen.first + 1 + turn % seen.shards.size(), seen.plan));
         std::this_thread::yield();
     }
 }

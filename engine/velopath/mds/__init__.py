@@ -98,17 +98,18 @@ def load_index(folder: str | Path, *, files: bool = True) -> MdsFolder:
     folder = folder if url is not None else Path(folder)
     path = Path(redact(url) if url is not None else folder) / "index.json"
     content = _index_bytes(path) if url is None else read(str(below(url, "index.json")))
+    shown = path if url is None else redact(str(below(url, "index.json")))
     try:
         index = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"not valid JSON: {error}", path=path) from error
+        raise DataError(f"not valid JSON: {error}", path=shown) from error
     if not isinstance(index, dict) or index.get("version") != 2 or isinstance(index["version"], bool):
         version = index.get("version") if isinstance(index, dict) else None
-        raise DataError(f"version is {version!r}; expected MDS version 2", path=path, field="version")
+        raise DataError(f"version is {version!r}; expected MDS version 2", path=shown, field="version")
     listed = index.get("shards")
     if not isinstance(listed, list):
-        raise DataError(f"shards is {_shown(listed)}; expected a list", path=path, field="shards")
-    reader = _IndexReader(path, files=files and url is None, url=url)
+        raise DataError(f"shards is {_shown(listed)}; expected a list", path=shown, field="shards")
+    reader = _IndexReader(path, shown, files=files and url is None, url=url)
     return MdsFolder(folder, tuple(reader.shard(k, entry) for k, entry in enumerate(listed)))
 
 
@@ -199,14 +200,14 @@ def _shown(value: object) -> str:
 class _IndexReader:
     """Checks the shard entries of one index; every error names the index, the shard and the field."""
 
-    def __init__(self, path: Path, *, files: bool, url: str | None = None) -> None:
-        self.path, self.files, self.url = path, files, url
+    def __init__(self, path: Path, shown: str | Path, *, files: bool, url: str | None = None) -> None:
+        self.path, self.shown, self.files, self.url = path, shown, files, url
         self.root = os.path.realpath(path.parent)
         self.seen: dict[str, str] = {}
         self.columns: dict[tuple[Any, ...], Columns] = {}
 
     def wrong(self, where: str, value: object, expected: str) -> DataError:
-        return DataError(f"{where} is {_shown(value)}; expected {expected}", path=self.path, field=where)
+        return DataError(f"{where} is {_shown(value)}; expected {expected}", path=self.shown, field=where)
 
     def shard(self, number: int, entry: object) -> ShardEntry:
         where = f"shards[{number}]"
@@ -326,7 +327,7 @@ class _IndexReader:
                 fixed = fixed_size(encoding)
             except ValueError as error:
                 raise DataError(
-                    f"column {name!r}: {error}", path=self.path, field=f"{where}.column_encodings"
+                    f"column {name!r}: {error}", path=self.shown, field=f"{where}.column_encodings"
                 ) from error
             if size != fixed or isinstance(size, (bool, float)):
                 raise self.wrong(
