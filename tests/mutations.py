@@ -177,11 +177,6 @@ MUTATIONS = [
         "R13", "a config's depth is bounded before it is built", "config.py",
         "if depth > MAX_YAML_DEPTH:", "if False:", "test_config.py::test_a_malformed_file_is_refused",
     ),
-    Mutation(
-        "R13", "C++: a shard is looked up under the mutex that guards attaching", "csrc/token_stream.cpp",
-        "const std::lock_guard<std::mutex> lock(mutex_);\n        pin = part.mapped;", "pin = part.mapped;",
-        "tests/test_sanitize.py::test_the_sampler_under_every_call_at_once",
-    ),
     engine(
         "R17", "a sampler that is closed lets go of its log", "audit.py",
         "            os.close(self._file)\n            self._file = -1",
