@@ -113,6 +113,8 @@ def init_from_env(device: str = "auto", *, timeout_seconds: float = 1800.0) -> D
         timeout=timedelta(seconds=timeout_seconds),
         device_id=where if where.type == "cuda" else None,
     )
+    # A rank that refuses and ends at once would else break the connections that others are still making.
+    torch_dist.barrier()
     return Dist(rank, world, local_rank, where, backend)
 
 
