@@ -228,6 +228,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
         samples = [x / 1e6 for x in result["contenders"][name]["samples"]]
         axes.plot(samples, [at] * len(samples), "|", color="0.2", markersize=7)
     axes.set_xscale("log")
-    axes.set_xlabel("million tokens per second; bars are medians, strokes samples")
+    axes.set_xlabel("M tokens/s: medians and samples")
     axes.margins(y=0.01)
     figure.savefig(path, dpi=120)

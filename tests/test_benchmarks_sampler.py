@@ -91,3 +91,33 @@ def test_scale_suite(tmp_path: Path) -> None:
     result = {"index": index, "shape": [1, 1, 1], "rounds": 1, "samples": samples}
     assert "18,000 documents" in scale.table(result)
     assert [bar.met for bar in bars.scale_bars(result)] == [True] * 4
+
+
+def test_report_of_the_sampler(tmp_path: Path) -> None:
+    """Every contender stands in the table; the missing ones with the reason; the picture is one."""
+    names = [n for n in sampler.LABELS if not n.startswith(("litdata", "grain"))]
+    found = {
+        name: {"samples": [float(k + 1)] * 5, "median": float(k + 1), "per_cpu_second": [2.0 * k + 2] * 5}
+        for k, name in enumerate(names)
+    }
+    best = sampler._best(found)
+    limits = {
+        "rounds": 5, "steps": 60, "documents": 10_000_000, "shard_mib": 7.1, "first_batch_seconds": [0.05],
+        "private_mib": [2.0], "push": {"push-none": [1.01], "push": [1.02], "push-audit": [1.04]},
+        "after_push": {"push": [1.001], "push-audit": [1.03]},
+    }  # fmt: skip
+    result = {
+        "shape": [8, 2048], "rounds": 5, "seconds": 1.0, "tokens_per_domain": 1_000_000, "open_ms": {"raw-inline": 5.0},
+        "contenders": found, "best": best, "missing": {"litdata": "not installed", "grain": "no reason"},
+        "ratios": sampler._ratios(found, best, "samples"), "costs": {"windows of shards": 0.25},
+        "cpu_ratios": sampler._ratios(found, best, "per_cpu_second"), "limits": limits,
+    }  # fmt: skip
+    page = sampler.table(result)
+    assert all(sampler.LABELS[name] in page for name in names)
+    assert (
+        "Megatron-core GPTDataset, positions reset per document (its best)" in page
+    )  # the last one is the fastest
+    assert "- litdata: not installed\n- grain: no reason\n" in page
+    assert "windows of shards 25%" in page
+    sampler.plot(result, tmp_path / "sampler.png")
+    assert (tmp_path / "sampler.png").read_bytes().startswith(b"\x89PNG")
