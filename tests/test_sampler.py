@@ -310,7 +310,15 @@ def test_a_stall_is_an_error_and_no_step_is_lost(root):
         assert [first.step, next(sampler).step, next(sampler).step] == [0, 1, 2]
 
 
-def test_keyboard_interrupt_reaches_a_waiting_next(root):
+@pytest.fixture
+def interruptible():
+    """SIGINT raises `KeyboardInterrupt`, also where whoever started the tests had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_keyboard_interrupt_reaches_a_waiting_next(root, interruptible):
     with open_sampler(root, rows=2, row_tokens=8) as sampler:
         sampler._core.begin_push(None)
         timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
