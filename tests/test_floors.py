@@ -52,6 +52,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "prepare",
         "inspection",
         "corpus",
+        "metric_record",
         "runfolder",
         "runlineage",
         "runconfig",

@@ -27,6 +27,7 @@ from test_sampler_state import WEIGHTS
 from velopath import open_sampler
 from velopath.audit import AuditLog, weights_log
 from velopath.checkpoint import load_checkpoint, step_folder
+from velopath.cli.explain import explained
 from velopath.config import load_config
 from velopath.control import check_controllers
 from velopath.errors import VelopathError
@@ -35,8 +36,10 @@ from velopath.lineage import Cost
 from velopath.mds import load_index, read_documents
 from velopath.optim import build_optimizer
 from velopath.replay import steps
+from velopath.report import write_report
 from velopath.run import Run
 from velopath.runfolder import RunFolder
+from velopath.runhealth import run_forecast, run_health
 from velopath.runlineage import origin_cost, read_lineage, record_cost
 from velopath.segments import cut_version, train_main
 from velopath.session import Session
@@ -286,6 +289,11 @@ def test_the_run_folder(name: str, value: st.DataObject, run: Path, tmp_path: Pa
     only_ours(lambda: list(verify_run(copied)))
     only_ours(lambda: read_lineage(RunFolder(copied)))
     only_ours(lambda: RunFolder(copied).metrics())
+    only_ours(lambda: write_report(copied))
+    only_ours(lambda: run_health(RunFolder(copied)))
+    only_ours(lambda: run_health(RunFolder(copied), "v1"))
+    only_ours(lambda: run_forecast(RunFolder(copied)))
+    only_ours(lambda: explained(RunFolder(copied), None))
 
     def reopened() -> None:
         with Run.reopen(copied, "test", "read") as job:

@@ -16,7 +16,7 @@ from velopath.runfolder import RunFolder
 
 
 def step(number: int, loss: float, segment: str = "main") -> dict[str, object]:
-    return {"kind": "step", "segment": segment, "step": number, "loss": loss}
+    return {"kind": "step", "segment": segment, "step": number, "loss": loss, "tokens": 64}
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_metrics_round_trip_and_filter(run: RunFolder) -> None:
 
 
 def test_a_number_that_is_not_finite_becomes_null(run: RunFolder) -> None:
-    run.append_metric(step(0, float("nan")) | {"grad_norm": [float("inf")]})
-    assert run.metrics() == [step(0, None) | {"grad_norm": [None]}]  # type: ignore[arg-type]
+    run.append_metric(step(0, float("nan")) | {"extra": [float("inf")]})
+    assert run.metrics() == [step(0, None) | {"extra": [None]}]  # type: ignore[arg-type]
 
 
 def test_a_torn_last_line_is_skipped_and_cut_off_by_the_next_append(run: RunFolder) -> None:
@@ -66,11 +66,48 @@ def test_a_torn_last_line_is_skipped_and_cut_off_by_the_next_append(run: RunFold
 
 
 def test_a_bad_line_in_the_middle_is_an_error_with_its_number(run: RunFolder) -> None:
-    (run.path / "metrics.jsonl").write_text('{"kind":"step"}\n{"kind\n{"kind":"step"}\n')
+    (run.path / "metrics.jsonl").write_text('{"kind":"x","segment":"a","step":0}\n{"kind\n{"kind":"x"}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: not JSON"):
         run.metrics()
     (run.path / "metrics.jsonl").write_text("[1]\n")
     with pytest.raises(DataError, match=r":1: expected a JSON object, got list"):
+        run.metrics()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": ["step"]}, "field 'kind': expected a text, got "),
+        ({"kind": ...}, "field 'kind': expected a text, got nothing"),
+        ({"segment": 3}, "field 'segment': expected a text, got '3'"),
+        ({"step": -1}, "field 'step': expected a whole number from 0 on, got '-1'"),
+        ({"step": True}, "field 'step': expected a whole number from 0 on, got 'True'"),
+        ({"slice": {}}, "field 'slice': expected a text or null"),
+        ({"loss": ...}, "field 'loss': expected a number or null, got nothing"),
+        ({"rate": "1e-3"}, "field 'rate': expected a number or null, got '1e-3'"),
+        ({"kind": "eval"}, "field 'loss': expected an object of numbers by domain, got '6.0'"),
+        (
+            {"kind": "eval", "loss": {}, "tokens": {"a": 1.5}},
+            "field 'tokens': expected an object of token counts",
+        ),
+        (
+            {"kind": "control", "weights": {"a": 1}},
+            "field 'velocity': expected an object of numbers by domain, or",
+        ),
+        (
+            {"kind": "exposure", "domains": {"a": 1}},
+            "field 'domains': expected an object of numbers by domain and",
+        ),
+        ({"kind": "alarm", "alarms": [1]}, "field 'alarms': expected a list of objects"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_named(
+    run: RunFolder, changes: dict[str, object], message: str
+) -> None:
+    record = {k: v for k, v in (step(1, 6.0) | changes).items() if v is not ...}
+    lines = [json.dumps(step(0, 6.0)), json.dumps(record)]
+    (run.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=rf"metrics\.jsonl:2 {message}"):
         run.metrics()
 
 
@@ -83,7 +120,7 @@ def test_of_records_written_again_after_a_resume_the_last_counts(run: RunFolder)
 
 def test_a_resume_voids_its_segment_beyond_that_step(run: RunFolder) -> None:
     for number in range(4):
-        run.append_metric({"kind": "eval", "segment": "main", "step": number})
+        run.append_metric({"kind": "eval", "segment": "main", "step": number, "loss": {}})
         run.append_metric(step(number, 6.0 - number))
     run.append_metric(step(9, 1.0, "v1"))
     run.append_metric({"kind": "resume", "segment": "main", "step": 2})

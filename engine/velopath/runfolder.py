@@ -59,6 +59,7 @@ from typing import Any
 
 from velopath.durable import make_folder, write_durably, write_error
 from velopath.errors import ConfigError, DataError
+from velopath.metric_record import misfit
 
 Record = dict[str, Any]
 
@@ -110,14 +111,14 @@ class RunFolder:
 
         A resumed run writes the steps after its checkpoint again; a `resume` record voids what its segment
         had beyond that step. A torn last line is skipped. Raises `DataError` on any other
-        line that is not JSON.
+        line that is not a record, see `velopath.metric_record`.
         """
         kept: dict[tuple[Any, ...], Record] = {}
         for record in self.records():
             names = ("segment", "kind", "step", "slice")
             key: tuple[Any, ...] = tuple(record.get(name) for name in names)
             if key[1] == "resume":
-                kept = {k: r for k, r in kept.items() if k[0] != key[0] or (k[2] or 0) <= key[2]}
+                kept = {k: r for k, r in kept.items() if k[0] != key[0] or k[2] <= key[2]}
                 continue
             kept.pop(key, None)
             kept[key] = record
@@ -129,7 +130,11 @@ class RunFolder:
 
     def records(self) -> Iterator[Record]:
         """Every record of `metrics.jsonl` as written, also those that a resume made void."""
-        yield from _read_lines(self.path / "metrics.jsonl")
+        path = self.path / "metrics.jsonl"
+        for line, record in _read_lines(path):
+            if found := misfit(record):
+                raise DataError(found[1], path=path, line=line, field=found[0])
+            yield record
 
     # -- lineage ---------------------------------------------------------------------------------------------
 
@@ -144,7 +149,7 @@ class RunFolder:
 
     def events(self) -> list[Record]:
         """The lineage events in order. A torn last line is skipped; any other bad line is a `DataError`."""
-        return list(_read_lines(self.path / "lineage.jsonl"))
+        return [event for _, event in _read_lines(self.path / "lineage.jsonl")]
 
     # -- whole files -----------------------------------------------------------------------------------------
 
@@ -327,8 +332,11 @@ def _append(handle: int, line: bytes, path: Path, *, sync: bool = False) -> None
         raise write_error(error, path) from error
 
 
-def _read_lines(path: Path) -> Iterator[Record]:
-    """The objects of a JSON-lines file; no file reads as no lines, a last line without its end is skipped."""
+def _read_lines(path: Path) -> Iterator[tuple[int, Record]]:
+    """The objects of a JSON-lines file and their line numbers from 1.
+
+    No file reads as no lines; a last line without its end is skipped.
+    """
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -343,4 +351,4 @@ def _read_lines(path: Path) -> Iterator[Record]:
                 raise DataError(f"not JSON ({error}); the file is damaged", path=path, line=number) from error
             if not isinstance(value, dict):
                 raise DataError(f"expected a JSON object, got {type(value).__name__}", path=path, line=number)
-            yield value
+            yield number, value
