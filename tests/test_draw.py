@@ -4,13 +4,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 import sampler_reference as reference
 from velopath import _core
-from velopath.domains import SHARE_ONE, integer_shares
+from velopath.domains import SHARE_ONE, integer_shares, normalised
 from velopath.errors import ConfigError
 
 keys = st.integers(0, (1 << 64) - 1)
@@ -105,6 +105,17 @@ def test_integer_shares_equal_their_definition(weights):
     shares = integer_shares(weights)
     assert shares == shares_in_fractions(weights)
     assert sum(shares) == SHARE_ONE
+
+
+# The last: three shares of an update that sum to 1 - 2^-53.
+@settings(max_examples=300, deadline=None)
+@given(st.lists(weight, min_size=1, max_size=1000).filter(any))
+@example([0.31632630581219556, 0.4466660707278305, 0.23700762345997387])
+def test_normalising_twice_is_normalising_once(weights):
+    once = normalised(weights)
+    total = sum(map(Fraction, weights))
+    assert once == pytest.approx([float(Fraction(w) / total) for w in weights], rel=1e-15, abs=1e-300)
+    assert normalised(once) == once
 
 
 @settings(max_examples=50, deadline=None)

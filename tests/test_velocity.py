@@ -220,6 +220,9 @@ def test_weights_always_sum_to_one_within_bounds(
         state, weights = controller.observe(state, dict(zip(NAMES, losses, strict=True)))
         assert math.fsum(weights.values()) == pytest.approx(1, abs=1e-12)
         assert all(floor <= w <= cap for w in weights.values())
+        assert (
+            MixtureWeights.of(weights).shares == weights.shares
+        )  # what is pushed and logged is what was decided
         assert controller.state_from_json(json.loads(json.dumps(state.to_json()))) == state
 
 

@@ -61,8 +61,7 @@ class MixtureWeights(Mapping[str, float]):
     def of(cls, weights: Mapping[str, float], *, id: int = 0, from_step: int = 0) -> MixtureWeights:
         """Normalise `weights` to sum 1; `ConfigError` on NaN, infinity, a negative or an all-zero mix."""
         check_weights(weights)
-        total = math.fsum(weights.values())
-        return cls(tuple(weights), tuple(w / total for w in weights.values()), id, from_step)
+        return cls(tuple(weights), normalised(tuple(weights.values())), id, from_step)
 
     def __getitem__(self, name: str) -> float:
         for known, share in zip(self.names, self.shares, strict=True):
@@ -136,6 +135,19 @@ def check_weights(weights: Mapping[str, float], names: Sequence[str] | None = No
             raise ConfigError(f"weight of {name!r} is {weight!r}; expected 0 or more")
     if not any(weights.values()):
         raise ConfigError("all weights are 0; at least one domain needs a positive weight")
+
+
+def normalised(weights: Sequence[float]) -> tuple[float, ...]:
+    """The weights divided by their sum; those that sum to 1 but for rounding come back bit for bit.
+
+    So normalising twice is normalising once, and a share is the same number in the controller, the audit log and
+    whatever is made again from them. Dividing rounds each share and the sum by a relative 2^-53; the bound leaves
+    room for a smoothing and for bounds after that. Raises `OverflowError` where the sum is no float.
+    """
+    total = math.fsum(weights)
+    if abs(total - 1) <= 2.0**-50:
+        return tuple(map(float, weights))
+    return tuple(w / total for w in weights)
 
 
 def integer_shares(weights: Sequence[float]) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from velopath.domains import MixtureWeights, check_weights
+from velopath.domains import MixtureWeights, check_weights, normalised
 from velopath.errors import ConfigError
 from velopath.shares import mean_losses
 
@@ -54,8 +54,7 @@ class RuleState:
         check_weights(weights)
         names = tuple(sorted(weights))
         initial = mean_losses(losses, names)
-        total = math.fsum(weights.values())
-        shares = tuple(weights[name] / total for name in names)
+        shares = normalised([weights[name] for name in names])
         goal = None if target is None else mean_losses(target, names)
         first_id = weights.id if isinstance(weights, MixtureWeights) else 0
         return cls(names, shares, initial, initial, 0, first_id, controller, goal, memory or {})

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
-from velopath.domains import DomainLoss, MixtureWeights, check_weights
+from velopath.domains import DomainLoss, MixtureWeights, check_weights, normalised
 from velopath.errors import ConfigError
 from velopath.rule_state import Explanation
 from velopath.shares import (
@@ -154,8 +154,7 @@ class Velocitune:
         initial = mean_losses(losses, names)
         target = tuple(float(self.targets[n]) for n in names)
         flagged = self._small_gaps(names, initial, target, losses)
-        total = math.fsum(weights.values())
-        shares = bounded_shares([weights[n] / total for n in names], self.floor, self.cap)
+        shares = bounded_shares(normalised([weights[n] for n in names]), self.floor, self.cap)
         first_id = weights.id if isinstance(weights, MixtureWeights) else 0
         return VelocityState(
             names,
