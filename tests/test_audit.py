@@ -173,7 +173,7 @@ def test_an_unfinished_last_line_is_dropped_on_opening(log):
     with pytest.raises(DataError, match="unfinished"):
         verify(log)
     audit = AuditLog(log)
-    audit.append("push", step=40, details={"weights_id": 4})
+    audit.append("push", step=40, new={"a": 0.5, "b": 0.5}, details={"weights_id": 4})
     audit.close()
     assert live(log) == [(1, 10), (2, 20), (3, 30), (4, 40)]
 

@@ -160,7 +160,7 @@ def test_not_data(data: Path, tmp_path: Path) -> None:
         inspect_data(tmp_path / "empty")
     edit_table(data, lambda t: t["domains"]["a"].update(tokens="9"))
     with pytest.raises(
-        DataError, match=r"domains.json field 'tokens': tokens is '9'; expected a whole number"
+        DataError, match=r"domains.json field 'tokens': tokens of domain 'a' is '9'; expected a whole number"
     ):
         inspect_data(data)
     edit_table(data, lambda t: t.pop("tokenizer"))

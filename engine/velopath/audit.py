@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from velopath.domains import check_weights
 from velopath.durable import make_folder, sync_folder, write_error
 from velopath.errors import ConfigError, DataError
 from velopath.stream_order import Order
@@ -121,9 +122,11 @@ def _in_force(path: Path, records: list[dict[str, Any]], seen: tuple[Path, ...] 
                 raise DataError(error.problem, path=path, line=line, field="details") from error
             if order is not None and opened != order:
                 raise DataError("the stream is another one than above", path=path, line=line, field="details")
-            order, first, live = opened, record["new"], 0
+            order, first, live = opened, _weights(path, line, record, opened), 0
             begin = opened.start_step if kind == "start" and begin is None else begin
             continue
+        if order is None:
+            raise DataError("no start or fork; expected it in the first line", path=path, line=1)
         if kind == "quarantine":  # the order of the opening before it counts the tokens without those shards
             continue
         id = details["weights_id"]
@@ -142,11 +145,23 @@ def _in_force(path: Path, records: list[dict[str, Any]], seen: tuple[Path, ...] 
                 path=path,
                 line=line,
             )
-        known = [*known[:live], Push(id, record["step"], record["new"])]
+        known = [*known[:live], Push(id, record["step"], _weights(path, line, record, order))]
         live += 1
     if order is None:
         raise DataError("no start or fork; expected it in the first line", path=path, line=1)
     return WeightsLog(order, first, tuple(known[:live]), order.start_step if begin is None else begin)
+
+
+def _weights(path: Path, line: int, record: Mapping[str, Any], order: Order) -> Mapping[str, float]:
+    """The weights that a record brings, one for each domain of the order."""
+    weights = record["new"]
+    if not isinstance(weights, dict) or any(type(w) not in (int, float) for w in weights.values()):
+        raise DataError("expected weights by domain", path=path, line=line, field="new")
+    try:
+        check_weights(weights, order.names)
+    except ConfigError as error:
+        raise DataError(str(error), path=path, line=line, field="new") from error
+    return {name: float(weight) for name, weight in weights.items()}
 
 
 def _parent(path: Path, line: int, details: Mapping[str, Any], seen: tuple[Path, ...]) -> WeightsLog:

@@ -3,6 +3,7 @@ whether all of it is sound."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -17,7 +18,7 @@ from velopath.errors import ConfigError, DataError
 from velopath.inspection_separation import Separation, TokenUse, document_hashes, separate, token_use
 from velopath.mds import MdsFolder, ShardEntry, load_index, read_documents, read_shard
 from velopath.remote import has
-from velopath.stream_data import domain_folders, read_table
+from velopath.stream_data import COUNTS, domain_folders, read_table
 from velopath.tokenizer import TextTokenizer, load_tokenizer
 from velopath.urls import below, is_url, last_name, redact
 from velopath.workers import Workers
@@ -264,19 +265,18 @@ def _shard_tasks(domains: Sequence[_Domain], vocab_size: int | None, *, everythi
 
 
 def _read_table(folder: str | Path) -> dict[str, Any] | None:
-    """domains.json of a prepared folder, with the keys that are read here checked; None where there is none."""
-    path = redact(str(below(folder, "domains.json")))
+    """domains.json of a prepared folder, with all keys that are read here; None where there is none."""
+    table = read_table(folder)
+    if table is None:
+        return None
     try:
-        table = read_table(folder)
-        if table is None:
-            return None
         table["domains"], table["tokenizer"]["vocab_size"], table["tokenizer"]["sha256"]  # noqa: B018
         for entry in table["domains"].values():
-            for key in ("tokens", "documents", "bytes", "heldout_tokens", "heldout_documents"):
-                if isinstance(entry[key], bool) or not isinstance(entry[key], int) or entry[key] < 0:
-                    raise DataError(f"{key} is {entry[key]!r}; expected a whole number", path=path, field=key)
+            for key in COUNTS:
+                operator.index(entry[key])
         table["dtype"], table["eos"]  # noqa: B018
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
+        path = redact(str(below(folder, "domains.json")))
         raise DataError(f"not a domains.json of prepare: {error!r}", path=path) from error
     return table
 

@@ -40,7 +40,7 @@ from velopath.runlineage import kept_steps
 from velopath.schedule import LrPath
 from velopath.session import Session
 from velopath.stream import Sampler, open_sampler
-from velopath.stream_data import heldout_names, prepared_table, read_settings
+from velopath.stream_data import heldout_names, read_settings, read_table
 from velopath.train_step import TrainStep
 
 MAIN = "main"
@@ -374,7 +374,7 @@ class Run:
     @property
     def prepared(self) -> dict[str, Any]:
         """The first slice's domains.json; empty where the folder was not written by `prepare`."""
-        return prepared_table(self.data_root)
+        return read_table(self.data_root) or {}
 
     @property
     def domain_names(self) -> tuple[str, ...]:

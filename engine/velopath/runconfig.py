@@ -14,7 +14,7 @@ from velopath.errors import ConfigError, DataError
 from velopath.runchange import PENDING, change, pending
 from velopath.runfolder import RunFolder
 from velopath.runlineage import kept_steps
-from velopath.stream_data import domain_folders, heldout_names, prepared_table, read_table
+from velopath.stream_data import domain_folders, heldout_names, read_table
 from velopath.urls import below, is_url, redact
 
 OVERRIDES = ("path.peak", "path.floor", "path.shape")
@@ -63,7 +63,7 @@ def older_domains(config: RunConfig, name: str) -> tuple[str, ...]:
 def slice_table(config: RunConfig, name: str) -> dict[str, Any] | None:
     """The slice's domains.json with the entries of the domains it replays; None where `prepare` wrote none."""
     entry = config.data.slices[name]
-    table = prepared_table(entry.root) or None
+    table = read_table(entry.root)
     for domain, source in entry.replay.items() if table is not None else ():
         earlier = slice_table(config, source) or {}
         if table is not None and domain in earlier.get("domains", {}):

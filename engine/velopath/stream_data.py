@@ -135,25 +135,34 @@ def read_table(root: str | Path) -> dict[str, Any] | None:
     if content is None:
         return None
     try:
-        table = json.loads(content)
+        table: dict[str, Any] = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"not a table of domains: {error!r}", path=redact(str(path))) from error
-    if not isinstance(table, dict) or not isinstance(table.get("domains", {}), dict):
-        raise DataError("not a table of domains: expected an object of domains", path=redact(str(path)))
+    _check_table(table, redact(str(path)))
     return table
 
 
-def prepared_table(root: str | Path) -> dict[str, Any]:
-    """`read_table` with the types that are used checked; empty where there is none. Raises `DataError`."""
-    table, path = read_table(root) or {}, redact(str(below(root, "domains.json")))
-    try:
-        domains, codec = table.get("domains", {}), table.get("tokenizer", {})
-        numbers = [facts.get("tokens", 0) for facts in domains.values()] + [codec.get("vocab_size", 0) or 0]
-    except (TypeError, AttributeError) as error:
-        raise DataError(f"not a table of domains: {error!r}", path=path) from error
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise DataError("expected whole numbers for tokens and vocab_size", path=path)
-    return table
+COUNTS = ("tokens", "documents", "bytes", "heldout_tokens", "heldout_documents")
+"""Of each domain in a table, whole numbers."""
+
+
+def _check_table(table: Any, path: str) -> None:
+    """Raise `DataError` where a field that is read anywhere has another type than `velopath prepare` writes."""
+    domains = table.get("domains", {}) if isinstance(table, dict) else None
+    if not isinstance(domains, dict) or not all(isinstance(facts, dict) for facts in domains.values()):
+        raise DataError("not a table of domains: expected an object of domains", path=path)
+    eos, codec = table.get("eos"), table.get("tokenizer") or {}
+    if eos is not None and not (type(eos) is int and 0 <= eos < 1 << 31):
+        raise DataError(f"eos is {str(eos)[:40]!r}; expected a token id or null", path=path, field="eos")
+    if not isinstance(codec, dict):
+        raise DataError("not a table of domains: expected an object", path=path, field="tokenizer")
+    counts = [(name, key, facts.get(key)) for name, facts in domains.items() for key in COUNTS]
+    for name, key, count in [*counts, ("", "vocab_size", codec.get("vocab_size"))]:
+        if count is not None and not (type(count) is int and 0 <= count < 1 << 63):
+            where = f" of domain {name!r}" if name else ""
+            raise DataError(
+                f"{key}{where} is {str(count)[:40]!r}; expected a whole number", path=path, field=key
+            )
 
 
 def heldout_names(root: str | Path) -> list[str]:
@@ -174,7 +183,7 @@ def end_of_text(folders: Mapping[str, str | Path], eos: int | None) -> int | Non
         for place in sorted(above, key=str):
             if (table := read_table(place)) is not None:
                 path = redact(str(below(place, "domains.json")))
-                if not isinstance(table.get("eos", ""), int | None):
+                if "eos" not in table:
                     raise DataError("not a table of domains with an eos", path=path)
                 found[table["eos"]] = path
         if len(found) > 1:
