@@ -292,13 +292,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Relative paths in the file are relative to the file. Raises `ConfigError` that names every wrong key.
     """
+    path = Path(path)
+    plain, _ = read_tree(path, overrides)
+    return validate_config(absolute_paths(plain, path.parent), where=str(path))
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[Any, Any], str]:
+    """A YAML file's map with `a.b=c` overrides, interpolations resolved, and its text. Raises `ConfigError`."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    path = Path(path)
     try:
-        tree = OmegaConf.load(io.StringIO(_shallow_yaml(path)))
+        text = _shallow_yaml(path)
+        tree = OmegaConf.load(io.StringIO(text))
         if not OmegaConf.is_dict(tree):
             raise ConfigError(f"{path}: expected a map with the keys of RunConfig")
         merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(_checked(overrides))))
@@ -312,7 +319,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             raise
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(plain, dict)
-    return validate_config(absolute_paths(plain, path.parent), where=str(path))
+    return plain, text
 
 
 def validate_config(tree: dict[Any, Any], where: str = "config") -> RunConfig:

@@ -277,7 +277,9 @@ class Lineage:
                     return self.undo_rollback(event["number"])
                 case "spend":
                     return self.spend(event["what"], Cost(**event["cost"]))
-        except (KeyError, TypeError) as error:
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"malformed lineage event {event.get('event')!r}: {error}") from error
         return self
 

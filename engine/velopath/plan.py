@@ -218,7 +218,9 @@ class Plan:
             segments = tuple(Segment(**s) for s in value["segments"])
             versions = [s.name for s in segments if s.kind == "branch"]
             plan = make_plan(dict(slices), value["branch_share"], versions=versions)
-        except (KeyError, TypeError) as error:
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"malformed plan: {error}; expected what Plan.to_json writes") from error
         if plan.segments != segments:
             raise ConfigError("malformed plan: its segments do not follow from its slices and branch share")

@@ -323,7 +323,9 @@ class LrPath:
                 for s in value["segments"]
             )
             return cls(value["kind"], segments)
-        except (KeyError, TypeError) as error:
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"malformed learning-rate path: {error}; expected what LrPath.to_json writes"
             ) from error

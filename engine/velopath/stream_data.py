@@ -138,7 +138,7 @@ def read_table(root: str | Path) -> dict[str, Any] | None:
         table: dict[str, Any] = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"not a table of domains: {error!r}", path=redact(str(path))) from error
-    _check_table(table, redact(str(path)))
+    check_table(table, redact(str(path)))
     return table
 
 
@@ -146,7 +146,7 @@ COUNTS = ("tokens", "documents", "bytes", "heldout_tokens", "heldout_documents")
 """Of each domain in a table, whole numbers."""
 
 
-def _check_table(table: Any, path: str) -> None:
+def check_table(table: Any, path: str) -> None:
     """Raise `DataError` where a field that is read anywhere has another type than `velopath prepare` writes."""
     domains = table.get("domains", {}) if isinstance(table, dict) else None
     if not isinstance(domains, dict) or not all(isinstance(facts, dict) for facts in domains.values()):

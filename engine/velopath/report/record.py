@@ -12,10 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from velopath.config import read_tree
 from velopath.errors import DataError
 from velopath.lineage import Lineage
 from velopath.plan import Plan
 from velopath.runfolder import Record, RunFolder
+from velopath.stream_data import check_table
 from velopath.targets import Targets
 
 MAIN, BASE, PROXY = "main", "base", "proxy"
@@ -218,7 +220,7 @@ def read_run(run: RunFolder) -> RunRecord:
     seen = [r["loss"] for s in segments.values() for r in s.evals]
     seen += [r["weights"] for s in segments.values() for r in s.controls]
     names = {name for values in seen for name in values}
-    data = {n: d.get("domains", {}) for n, d in _object(run, "data.json").items() if d}
+    data = _data(run)
     speeds = run.metrics("sampler")
     targets = _object(run, "targets.json")
     return RunRecord(
@@ -249,20 +251,18 @@ def _object(run: RunFolder, name: str) -> dict[str, Any]:
     return value or {}
 
 
-def _config(run: RunFolder) -> tuple[dict[str, Any], str]:
-    import yaml
-
+def _config(run: RunFolder) -> tuple[dict[Any, Any], str]:
+    """The resolved configuration, also one of another version of the schema, and its text."""
     path = run.path / "config.yaml"
-    if not path.exists():
-        return {}, ""
-    text = path.read_text(encoding="utf-8")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DataError(f"not YAML: {' '.join(str(error).split())}", path=path) from error
-    if not isinstance(value, dict):
-        raise DataError("expected the resolved configuration as a map", path=path)
-    return value, text
+    return read_tree(path) if path.exists() else ({}, "")
+
+
+def _data(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Slice -> domain -> what its domains.json says of it."""
+    tables = {name: table for name, table in _object(run, "data.json").items() if table is not None}
+    for table in tables.values():
+        check_table(table, str(run.path / "data.json"))
+    return {name: table.get("domains", {}) for name, table in tables.items()}
 
 
 def _hash(config: Mapping[str, Any]) -> str:
