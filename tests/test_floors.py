@@ -32,6 +32,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "plan",
         "health",
         "forecast",
+        "proxy_points",
     ),
     2: (
         "_core",

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from velopath.errors import ConfigError, NumericalError
-from velopath.law import BETA_BOUNDS, TargetLaw, _cost_and_gradient, _points, fit_target
+from velopath.law import TargetLaw, check_points, fit_target
+from velopath.law_sized import SizedLaw, fit_sized, law_from_json
+from velopath.law_solve import (
+    BETA_BOUNDS,
+    PRIOR_BETA,
+    PRIOR_MISFIT,
+    PRIOR_SPREAD,
+    _cost_and_gradient,
+)
 from velopath.targets import DomainTarget, Targets
 
 LAST = 1e6
@@ -165,9 +173,19 @@ def test_prior_leads_where_the_points_reach_little() -> None:
     low, high = far.interval(600)
     assert low < 4.344 < high and 0.1 < high - low < 0.6
     assert any("leans on a prior" in text for text in far.warnings)
-    # Worked by hand: with equal weights, x = ln D - mean, beta = (slope Sxx + 0.065 k) / (Sxx + k), k = 2.25.
+    # Without any spread in D beta is the belief; with some, beta = (slope Sxx + b k) / (Sxx + k), all worked by hand:
+    # D = 1, e, e^2, e^3 weigh as D; L = D^-0.2 exactly, so the slope is 0.2 whatever the weights.
     two = fit_target([1.0, 1.0001, 1.0002, 1.0003], [4.0, 4.0, 4.0, 4.0], law="prior")
-    assert two.beta == pytest.approx(0.065, abs=1e-6) and two.predict(1.0) == pytest.approx(4.0, abs=1e-3)
+    assert two.beta == pytest.approx(PRIOR_BETA, abs=1e-6) and two.predict(1.0) == pytest.approx(
+        4.0, abs=1e-3
+    )
+    x = np.arange(4.0)
+    w = np.exp(x) / np.exp(x).mean()
+    sxx = float((w * (x - (w * x).sum() / 4) ** 2).sum())  # 2.4663
+    k = (PRIOR_MISFIT / PRIOR_SPREAD) ** 2
+    assert sxx == pytest.approx(2.4663, abs=1e-4)
+    steep = fit_target(np.exp(x), np.exp(-0.2 * x), law="prior")
+    assert steep.beta == pytest.approx((0.2 * sxx + PRIOR_BETA * k) / (sxx + k), abs=1e-9)
     assert TargetLaw.from_json(far.to_json()) == far
 
 
@@ -271,7 +289,82 @@ def test_malformed_json() -> None:
 
 
 def test_points_are_sorted() -> None:
-    counts, losses = _points([4, 1, 3, 2], [1.0, 4.0, 2.0, 3.0])
+    counts, losses = check_points([4, 1, 3, 2], [1.0, 4.0, 2.0, 3.0])
     assert counts.tolist() == [1, 2, 3, 4]
     assert losses.tolist() == [4, 3, 2, 1]
     assert BETA_BOUNDS == (0.01, 1.5)
+
+
+def sized(n: float, d: np.ndarray, e: float = 1.7, a: float = 30.0, b: float = 400.0) -> np.ndarray:
+    """Chinchilla's form with both exponents about as published."""
+    return np.asarray(e + a / n**0.34 + b / d**0.28)
+
+
+def test_a_sibling_lends_its_curve() -> None:
+    """Three own points say nothing of the slope; a sibling of a third of the size, trained ten times as far, does."""
+    own, theirs = np.geomspace(1e5, 2e5, 3), np.geomspace(1e5, 2e6, 8)
+    points = list(zip(own, sized(9e6, own), strict=True))
+    law = fit_sized(points, 9e6, {3e6: list(zip(theirs, sized(3e6, theirs), strict=True))})
+    assert law.predict(4e6) == pytest.approx(float(sized(9e6, np.array(4e6))), abs=0.005)
+    assert (law.law, law.size) == ("sized", 9e6) and law.beta == pytest.approx(0.28, abs=0.01)
+    assert law.leave_last_out < 0.01 and law.huber < 1e-9
+    low, high = law.interval(4e6)
+    assert low <= law.predict(4e6) <= high and high - low < 0.02
+    again = law_from_json(json.loads(json.dumps(law.to_json())))
+    assert again == law and isinstance(again, SizedLaw) and again.interval(4e6) == (low, high)
+    rng = np.random.default_rng(0)
+    noisy = [(d, x * math.exp(0.003 * rng.standard_normal())) for d, x in law.siblings[0][1]]
+    rough = fit_sized(points, 9e6, {3e6: noisy})
+    low, high = rough.interval(4e6)
+    assert low < float(sized(9e6, np.array(4e6))) < high and 0.01 < high - low < 0.5
+
+
+def test_two_siblings_and_a_single_level() -> None:
+    """With two siblings E and A part; the band covers the model's own size."""
+    d = np.geomspace(1e5, 1e6, 6)
+    siblings = {n: list(zip(d, sized(n, d), strict=True)) for n in (1e6, 3e6)}
+    law = fit_sized(list(zip(d[:2], sized(9e6, d[:2]), strict=True)), 9e6, siblings)
+    assert pytest.approx((1.7, 30.0), rel=0.02) == (law.floor, law.A)
+    assert pytest.approx(1.7 + 30 / 9e6**0.34, abs=0.01) == law.E
+
+
+POINTS = [(1e5 * 2**k, 5 - 0.1 * k) for k in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("points", "siblings", "exponent", "message"),
+    [
+        (POINTS, {}, 0.34, "siblings have no parameters and the model 9,000,000"),
+        (POINTS, {9e6: POINTS}, 0.34, "models of different sizes"),
+        (POINTS, {3e6: POINTS[:3]}, 0.34, "3 points; a law needs at least 4"),
+        (POINTS[:1], {3e6: POINTS}, 0.34, "1 points; a law needs at least 2"),
+        (POINTS, {0.0: POINTS}, 0.34, "a model of 0.0 parameters"),
+        (POINTS, {3e6: POINTS}, 0.0, "exponent of the size is 0.0"),
+    ],
+)
+def test_sized_laws_refuse(points: list, siblings: dict, exponent: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit_sized(points, 9e6, siblings, exponent=exponent)
+
+
+def test_targets_with_siblings() -> None:
+    d = np.geomspace(1e5, 1e6, 8)
+    theirs = Targets.fit({"a": list(zip(d, sized(3e6, d), strict=True))}, 1e6, parameters=3_000_000)
+    mine = {"a": list(zip(d[:3], sized(9e6, d[:3]), strict=True))}
+    found = Targets.fit(mine, 4e6, parameters=9_000_000, siblings={"small": theirs})
+    assert found.losses["a"] == pytest.approx(float(sized(9e6, np.array(4e6))), abs=0.005)
+    assert Targets.from_json(json.loads(json.dumps(found.to_json()))) == found
+    for changes, message in (
+        ({"siblings": {"small": theirs}}, "siblings need the model's own number of parameters"),
+        (
+            {"siblings": {"small": Targets.given({"a": 2.0})}},
+            "'small': its targets do not say how many parameters",
+        ),
+        ({"siblings": {"s": theirs, "t": theirs}}, "'t': another one has 3,000,000 parameters, too"),
+        ({"siblings": {"s": theirs}, "decay": 0.2}, "'s' was read with proxy.decay None, the model with 0.2"),
+    ):
+        size = {} if "need" in message else {"parameters": 9_000_000}
+        with pytest.raises(ConfigError, match=message):
+            Targets.fit(mine, 4e6, **size, **changes)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="sibling 'small' has no points of domain 'b'"):
+        Targets.fit(mine | {"b": mine["a"]}, 4e6, parameters=9_000_000, siblings={"small": theirs})

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from velopath.config_paths import absolute_paths
+from velopath.config_proxy import ProxyConfig
 from velopath.config_watch import (
     AlarmsConfig,
     EvaluateConfig,
@@ -127,10 +128,10 @@ class ControlConfig(Tree):
     heldout_tokens: PositiveInt = Field(
         32768, description="held-out tokens per domain and evaluation; 8 rows or more give a standard error"
     )
-    decay_gain: float | dict[str, float] | None = Field(
+    decay_gain: Literal["measured"] | float | dict[str, float] | None = Field(
         None,
         description="nats added to the targets, for all or by domain: what a decay gains where the proxies were "
-        "decayed and the main path is not",
+        "decayed and the main path is not; measured: as targets.json has it from proxy.decay",
     )
     signal: Literal["heldout", "training", "anchored"] = Field(
         "heldout",
@@ -210,24 +211,6 @@ class TrainConfig(Tree):
         if self.micro_rows is not None and self.rows % self.micro_rows:
             raise ValueError(f"micro_rows {self.micro_rows} does not divide rows {self.rows}")
         return self
-
-
-class ProxyConfig(Tree):
-    """The proxy trunk that target losses are fitted on: constant rate, weights that do not move."""
-
-    steps: PositiveInt = 350
-    points: Annotated[int, Field(ge=4)] = Field(
-        7, description="evaluations the law is fitted on, spread evenly in log steps"
-    )
-    first: Share = Field(
-        0.1, description="first point, as a share of steps; after the warm-up at the earliest"
-    )
-    law: Literal["auto", "two", "three", "prior"] = "auto"
-    shares: Literal["slice", "natural", "uniform"] | dict[str, float] = Field(
-        "slice",
-        description="shares the trunk is read at, which targets then assume: the slice's first weights, its token "
-        "shares, equal ones, or given by domain",
-    )
 
 
 class RunConfig(Tree):

@@ -26,6 +26,10 @@ def absolute_paths(tree: dict[Any, Any], base: Path) -> dict[Any, Any]:
         slices = data.get("slices")
         for entry in slices.values() if isinstance(slices, dict) else ():
             anchor(entry, "root")
+    proxy = tree.get("proxy")
+    siblings = proxy.get("siblings") if isinstance(proxy, dict) else None
+    for name in siblings if isinstance(siblings, dict) else ():
+        anchor(siblings, name)
     anchor(tree.get("model"), "hf")
     anchor(tree.get("control"), "targets")
     anchor(tree.get("control"), "plugin")

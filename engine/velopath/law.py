@@ -16,27 +16,28 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, overload
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import ndtri, stdtrit
 
 from velopath.errors import ConfigError, NumericalError
+from velopath.law_solve import (
+    BETA_BOUNDS,
+    HUBER_DELTA,
+    LEAST_E,
+    PRIOR_BETA,
+    PRIOR_SPREAD,
+    Floats,
+    drawn_to_belief,
+    quick_fits,
+    solve,
+)
 
-BETA_BOUNDS = (0.01, 1.5)
-HUBER_DELTA = 1e-3
 MIN_POINTS = 4
 FEW_POINTS = 6
 
 LONG_REACH = 3.0
 """A law read beyond this many times its last tokens is the prior's: `fit_target`."""
-PRIOR_BETA, PRIOR_SPREAD, PRIOR_MISFIT = 0.065, 0.02, 0.03
-"""What the law "prior" believes of beta before it sees a point (mean, standard deviation), and how far a point's ln L
-may lie from any law; set on one run of our mixing study (0.16M parameters, seed 0, natural shares)."""
 
-_FLOAT = NDArray[np.float64]
-_GRID = np.geomspace(*BETA_BOUNDS, 48)
-_LEAST_E = 1e-6  # of the smallest loss: E this small is no E at all
-_POLISHED = 5
+LawName = Literal["three", "two", "prior", "sized"]
 _REPLICATES = 200
 
 
@@ -44,7 +45,8 @@ _REPLICATES = 200
 class TargetLaw:
     """A fitted law L(D) = E + B / D^beta with its evidence.
 
-    `E` in nats, `B` in nats * tokens^beta; `law` is "three", or "two" or "prior" (then E = 0). `points` are the
+    `E` in nats, `B` in nats * tokens^beta; `law` is "three", or "two" or "prior" (then E = 0), or "sized" (see
+    `velopath.law_sized`). `points` are the
     (tokens, nats) pairs of the fit, by tokens. `huber` is the minimum reached, sum_j Huber(ln L_j - ln L(D_j)) with
     `delta`. `leave_last_out` is |prediction - loss| in nats at the last point, of the same law fitted to the others:
     the honest size of an error made by extrapolating. `warnings` are sentences for people.
@@ -53,7 +55,7 @@ class TargetLaw:
     E: float
     B: float
     beta: float
-    law: Literal["three", "two", "prior"]
+    law: LawName
     points: tuple[tuple[float, float], ...]
     leave_last_out: float
     huber: float
@@ -63,13 +65,13 @@ class TargetLaw:
     @overload
     def predict(self, tokens: float) -> float: ...
     @overload
-    def predict(self, tokens: Sequence[float] | _FLOAT) -> _FLOAT: ...
-    def predict(self, tokens: float | Sequence[float] | _FLOAT) -> float | _FLOAT:
+    def predict(self, tokens: Sequence[float] | Floats) -> Floats: ...
+    def predict(self, tokens: float | Sequence[float] | Floats) -> float | Floats:
         """L(tokens) in nats per token: a number for a number, an array for many. `ConfigError` unless tokens > 0."""
         found = self.curve(np.atleast_1d(np.asarray(tokens, dtype=np.float64)))
         return found if np.ndim(tokens) else float(found[0])
 
-    def curve(self, tokens: Sequence[float] | _FLOAT) -> _FLOAT:
+    def curve(self, tokens: Sequence[float] | Floats) -> Floats:
         """L at many token counts, shape (len(tokens),), in nats."""
         counts = np.asarray(tokens, dtype=np.float64)
         if not (np.isfinite(counts).all() and (counts > 0).all()):
@@ -80,11 +82,11 @@ class TargetLaw:
     def interval(self, tokens: float, level: float = 0.9, seed: int = 0) -> tuple[float, float]: ...
     @overload
     def interval(
-        self, tokens: Sequence[float] | _FLOAT, level: float = 0.9, seed: int = 0
-    ) -> tuple[_FLOAT, _FLOAT]: ...
+        self, tokens: Sequence[float] | Floats, level: float = 0.9, seed: int = 0
+    ) -> tuple[Floats, Floats]: ...
     def interval(
-        self, tokens: float | Sequence[float] | _FLOAT, level: float = 0.9, seed: int = 0
-    ) -> tuple[float, float] | tuple[_FLOAT, _FLOAT]:
+        self, tokens: float | Sequence[float] | Floats, level: float = 0.9, seed: int = 0
+    ) -> tuple[float, float] | tuple[Floats, Floats]:
         """(low, high) in nats: the central `level` of the law's predictions at `tokens` over a residual bootstrap.
 
         Numbers for a number, arrays for many; see `band`. It is the uncertainty of a fit of this form and not of the
@@ -94,8 +96,8 @@ class TargetLaw:
         return (low, high) if np.ndim(tokens) else (float(low[0]), float(high[0]))
 
     def band(
-        self, tokens: Sequence[float] | _FLOAT, level: float = 0.9, seed: int = 0
-    ) -> tuple[_FLOAT, _FLOAT]:
+        self, tokens: Sequence[float] | Floats, level: float = 0.9, seed: int = 0
+    ) -> tuple[Floats, Floats]:
         """(low, high), each of shape (len(tokens),): `interval` at many token counts.
 
         The residuals in ln L, centred and widened by sqrt(n / (n - p)) for p fitted parameters, are drawn with
@@ -106,32 +108,39 @@ class TargetLaw:
         """
         if not 0 < level < 1:
             raise ConfigError(f"level is {level}; expected a share in (0, 1), such as 0.9")
-        counts, losses = (np.array(column) for column in zip(*self.points, strict=True))
-        fitted = np.log(self.curve(counts))
-        residuals = np.log(losses) - fitted
-        free = len(counts) - (3 if self.law == "three" else 2)
-        residuals = (residuals - residuals.mean()) * math.sqrt(len(counts) / free)
-        drawn = np.random.default_rng(seed).integers(len(counts), size=(_REPLICATES, len(counts)))
-        centre = float(np.log(counts).mean())
-        at = np.asarray(np.log(np.asarray(tokens, dtype=np.float64)) - centre)
-        if self.law == "prior":
-            belief = np.random.default_rng(seed + 1).normal(PRIOR_BETA, PRIOR_SPREAD, _REPLICATES)
-            level_R, beta_R, middle = _drawn(fitted + residuals[drawn], counts, belief)
-            curves = np.exp(level_R[:, None] - beta_R[:, None] * (at + centre - middle))
-            return self._around(tokens, curves, level, free)
-        e, b, beta = _quick_fits(fitted + residuals[drawn], np.log(counts) - centre, self.law, self.delta)
-        curves = e[:, None] + b[:, None] * np.exp(-beta[:, None] * at)
-        return self._around(tokens, curves, level, free)
-
-    def _around(
-        self, tokens: Sequence[float] | _FLOAT, curves: _FLOAT, level: float, free: int
-    ) -> tuple[_FLOAT, _FLOAT]:
-        """The band of replicates, (R, len(tokens)), around the law."""
+        residuals, fitted = self.evidence()
+        free = len(residuals) - fitted
+        residuals = (residuals - residuals.mean()) * math.sqrt(len(residuals) / free)
+        drawn = np.random.default_rng(seed).integers(len(residuals), size=(_REPLICATES, len(residuals)))
+        curves = self.replicates(residuals[drawn], np.asarray(tokens, dtype=np.float64), seed)
         low, high = np.quantile(curves, [(1 - level) / 2, (1 + level) / 2], axis=0)
         own = self.curve(tokens)  # inside its own band, also where the replicates lean to one side
         low, high = np.minimum(low, own), np.maximum(high, own)
         stretch = float(stdtrit(free, (1 + level) / 2) / ndtri((1 + level) / 2))
         return own - stretch * (own - low), own + stretch * (high - own)
+
+    def evidence(self) -> tuple[Floats, int]:
+        """The residuals in ln L of the points behind the fit, (n,), and how many parameters were fitted."""
+        counts, losses = (np.array(column) for column in zip(*self.points, strict=True))
+        return np.log(losses) - np.log(self.curve(counts)), 3 if self.law == "three" else 2
+
+    def replicates(self, residuals: Floats, tokens: Floats, seed: int) -> Floats:
+        """(R, len(tokens)): L at `tokens` of fits to the law with residuals (R, n) in ln L added."""
+        counts = np.array([count for count, _ in self.points])
+        drawn = np.log(self.curve(counts)) + residuals
+        centre = float(np.log(counts).mean())
+        at = np.log(tokens) - centre
+        if self.law == "prior":
+            belief = np.random.default_rng(seed + 1).normal(PRIOR_BETA, PRIOR_SPREAD, len(drawn))
+            level_R, beta_R, middle = drawn_to_belief(drawn, counts, belief)
+            return np.asarray(np.exp(level_R[:, None] - beta_R[:, None] * (at + centre - middle)))
+        e, b, beta = quick_fits(drawn, np.log(counts) - centre, self.law, self.delta)
+        return np.asarray(e[:, None] + b[:, None] * np.exp(-beta[:, None] * at))
+
+    @property
+    def formula(self) -> str:
+        """The law with its numbers, for people."""
+        return f"{f'{self.E:.2f} + ' if self.E else ''}{self.B:.3g} / D^{self.beta:.2f}"
 
     def extrapolation(self, tokens: float) -> float:
         """How many times the last proxy's tokens `tokens` are."""
@@ -185,11 +194,11 @@ def fit_target(
     points within `delta`. Raises `ConfigError` with fewer than 4 points and
     `NumericalError` on losses that are not positive.
     """
-    points = _points(tokens, losses)
+    points = check_points(tokens, losses)
     if law not in ("auto", "three", "two", "prior"):
         raise ConfigError(f"law is {law!r}; expected 'auto', 'three', 'two' or 'prior'")
     chosen: Literal["three", "two", "prior"] = law if law != "auto" else _choose(points, delta, extrapolation)
-    e, b, beta, cost = _solve(points, chosen, delta)
+    e, b, beta, cost = solve(points, chosen, delta)
     counts, values = points
     left = _left_out(points, chosen, delta, 1)
     warnings = _fit_warnings(points, beta)
@@ -203,14 +212,18 @@ def fit_target(
     return TargetLaw(e, b, beta, chosen, pairs, left, cost, delta, tuple(warnings))
 
 
-def _points(tokens: Iterable[float], losses: Iterable[float]) -> tuple[_FLOAT, _FLOAT]:
+def check_points(
+    tokens: Iterable[float], losses: Iterable[float], least: int = MIN_POINTS
+) -> tuple[Floats, Floats]:
+    """(D, L), each (n,), by D. Raises `ConfigError` on fewer than `least` points or counts that are not positive and
+    different, `NumericalError` on losses that are not positive."""
     counts, values = np.array(list(tokens), dtype=np.float64), np.array(list(losses), dtype=np.float64)
     if counts.shape != values.shape or counts.ndim != 1:
         raise ConfigError(f"{counts.size} token counts for {values.size} losses; expected one loss per count")
-    if counts.size < MIN_POINTS:
+    if counts.size < least:
         raise ConfigError(
-            f"{counts.size} points; a law needs at least {MIN_POINTS}, {FEW_POINTS} or more are better: evaluate the "
-            "proxy more often"
+            f"{counts.size} points; a law needs at least {least}, {FEW_POINTS} or more are better: evaluate the proxy "
+            "more often"
         )
     if not (np.isfinite(counts).all() and (counts > 0).all()):
         raise ConfigError(
@@ -227,7 +240,7 @@ def _points(tokens: Iterable[float], losses: Iterable[float]) -> tuple[_FLOAT, _
     return counts[order], values[order]
 
 
-def _fit_warnings(points: tuple[_FLOAT, _FLOAT], beta: float) -> list[str]:
+def _fit_warnings(points: tuple[Floats, Floats], beta: float) -> list[str]:
     counts, losses = points
     warnings = []
     if counts.size < FEW_POINTS:
@@ -245,10 +258,10 @@ def _fit_warnings(points: tuple[_FLOAT, _FLOAT], beta: float) -> list[str]:
 
 
 def _choose(
-    points: tuple[_FLOAT, _FLOAT], delta: float, extrapolation: float
+    points: tuple[Floats, Floats], delta: float, extrapolation: float
 ) -> Literal["three", "two", "prior"]:
-    e, _, beta, cost = _solve(points, "three", delta)
-    if cost < 1e-6 * _solve(points, "two", delta)[3]:  # E is there beyond doubt, also where the curve is flat
+    e, _, beta, cost = solve(points, "three", delta)
+    if cost < 1e-6 * solve(points, "two", delta)[3]:  # E is there beyond doubt, also where the curve is flat
         return "three"
     if extrapolation > LONG_REACH and cost > points[0].size * 0.5 * delta**2:
         return "prior"
@@ -258,7 +271,7 @@ def _choose(
     # One or two errors are a noisy witness, and a missing E costs more than a superfluous one: over 160 synthetic
     # laws (30 % with E = 0, noise 0.2-0.6 %) the mean error at 3x was 0.031 nats so, 0.033 without the factor 2.
     if (
-        e <= 10 * _LEAST_E * points[1].min()
+        e <= 10 * LEAST_E * points[1].min()
         or beta <= BETA_BOUNDS[0] * 1.001
         or 2 * missed["two"] < missed["three"]
     ):
@@ -266,128 +279,8 @@ def _choose(
     return "three"
 
 
-def _left_out(points: tuple[_FLOAT, _FLOAT], law: str, delta: float, count: int) -> float:
+def _left_out(points: tuple[Floats, Floats], law: str, delta: float, count: int) -> float:
     """|prediction - loss| at the last point, fitted without the last `count` points; nats."""
     counts, losses = points
-    e, b, beta, _ = _solve((counts[:-count], losses[:-count]), law, delta)
+    e, b, beta, _ = solve((counts[:-count], losses[:-count]), law, delta)
     return abs(e + math.exp(math.log(b) - beta * math.log(counts[-1])) - float(losses[-1]))
-
-
-def _solve(points: tuple[_FLOAT, _FLOAT], law: str, delta: float) -> tuple[float, float, float, float]:
-    """(E, B, beta, sum of Huber) of the best fit."""
-    counts, losses = points
-    if law == "prior":
-        level, slope, middle = _drawn(np.log(losses)[None, :], counts, np.array([PRIOR_BETA]))
-        power, beta = float(level[0] + slope[0] * middle), float(slope[0])
-        fitted = power - beta * np.log(counts)
-        size = np.abs(np.log(losses) - fitted) / delta
-        return (
-            0.0,
-            math.exp(power),
-            beta,
-            float(np.where(size <= 1, 0.5 * size**2, size - 0.5).sum()) * delta**2,
-        )
-    # Centred ln D: b is then the level in the middle of the points and hardly moves with beta.
-    centre = float(np.log(counts).mean())
-    x, y = np.log(counts) - centre, np.log(losses)
-    grid_e, grid_b, cost = (a[0] for a in _on_grid(y[None, :], x, _GRID[None, :], law, delta))
-    least = math.log(_LEAST_E * losses.min())
-    bounds = [(least, float(y.min())), (float(y.min()) - 30, float(y.max()) + 5), BETA_BOUNDS]
-    if law == "two":
-        bounds = bounds[1:]
-    best: tuple[float, list[float]] | None = None
-    for k in cost.argsort()[:_POLISHED]:
-        start = [
-            math.log(max(float(grid_e[k]), math.exp(least))),
-            math.log(float(grid_b[k])),
-            float(_GRID[k]),
-        ]
-        found = minimize(
-            _cost_and_gradient,
-            start[-len(bounds) :],
-            args=(x, y, delta),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=bounds,
-            options={"maxiter": 500, "maxfun": 1000, "ftol": 1e-15, "gtol": 1e-10, "maxcor": 20},
-        )
-        if best is None or found.fun < best[0]:
-            best = (float(found.fun), [float(v) for v in found.x])
-    assert best is not None
-    *e, b, beta = best[1]
-    value = math.exp(e[0]) if e and e[0] > least else 0.0
-    return value, math.exp(b + beta * centre), beta, best[0] * delta**2
-
-
-def _drawn(y: _FLOAT, counts: _FLOAT, belief: _FLOAT) -> tuple[_FLOAT, _FLOAT, float]:
-    """(level, beta), each (R,), and the mean of ln D, of the law "prior" for y = ln L (R, n) and beliefs b (R,)."""
-    w = counts / counts.mean()
-    x = np.log(counts)
-    middle = float((w * x).sum() / w.sum())
-    spread = w * (x - middle)
-    sxx, level = float((spread * (x - middle)).sum()), (y * w).sum(1) / w.sum()
-    k = (PRIOR_MISFIT / PRIOR_SPREAD) ** 2
-    beta = (-(y * spread).sum(1) + belief * k) / (sxx + k)
-    return level, np.clip(beta, *BETA_BOUNDS), middle
-
-
-def _cost_and_gradient(theta: _FLOAT, x: _FLOAT, y: _FLOAT, delta: float) -> tuple[float, _FLOAT]:
-    """Sum of Huber(residual) / delta^2 and its gradient in (e, b, beta), or in (b, beta) for the law with E = 0.
-
-    The sum and not the mean, in units of delta^2: L-BFGS-B takes small slopes for the end.
-    """
-    b, beta = theta[-2], theta[-1]
-    power = b - beta * x
-    fitted = np.logaddexp(power, theta[0]) if theta.size == 3 else power
-    r = (y - fitted) / delta
-    size = np.abs(r)
-    cost = np.where(size <= 1, 0.5 * r * r, size - 0.5).sum()
-    slope = -np.clip(r, -1, 1) / delta  # d cost / d fitted
-    share = np.exp(power - fitted)  # d fitted / d power
-    gradient = [(slope * share).sum(), -(slope * share * x).sum()]
-    if theta.size == 3:
-        gradient.insert(0, (slope * (1 - share)).sum())
-    return float(cost), np.array(gradient)
-
-
-def _quick_fits(y: _FLOAT, x: _FLOAT, law: str, delta: float) -> tuple[_FLOAT, _FLOAT, _FLOAT]:
-    """(E, B, beta), each (R,): the fits of y (R, n) by four grids over beta, each around the best of the last."""
-    rows = np.arange(y.shape[0])
-    betas = np.broadcast_to(np.geomspace(*BETA_BOUNDS, 24), (rows.size, 24))
-    for count in (9, 9, 9, 0):
-        e, b, cost = _on_grid(y, x, betas, law, delta)
-        best = cost.argmin(axis=1)
-        chosen = e[rows, best], b[rows, best], betas[rows, best]
-        if count:
-            last = betas.shape[1] - 1
-            low, high = betas[rows, np.maximum(best - 1, 0)], betas[rows, np.minimum(best + 1, last)]
-            betas = low[:, None] + (high - low)[:, None] * np.linspace(0, 1, count)
-    return chosen
-
-
-def _on_grid(y: _FLOAT, x: _FLOAT, betas: _FLOAT, law: str, delta: float) -> tuple[_FLOAT, _FLOAT, _FLOAT]:
-    """(E, B, cost), each (R, G): the fit of y (R, n), in ln nats, at fixed betas (R or 1, G), x centred (n,).
-
-    At fixed beta the law is linear in E and B: least squares on relative residuals, reweighted eight times
-    towards the Huber loss. `cost` is in units of delta^2.
-    """
-    u = np.exp(-betas[..., None] * x)  # (R or 1, G, n)
-    losses = np.exp(y)[:, None, :]  # (R, 1, n)
-    weight = np.broadcast_to(1 / losses**2, (y.shape[0], betas.shape[1], x.size))
-    least = _LEAST_E * losses.min(axis=2)
-    most = losses.min(axis=2)
-    robust: _FLOAT = np.ones_like(weight)
-    for _ in range(8):
-        w = weight * robust
-        s, su, suu = w.sum(2), (w * u).sum(2), (w * u * u).sum(2)
-        sy, syu = (w * losses).sum(2), (w * u * losses).sum(2)
-        if law == "two":
-            e = np.zeros_like(s)
-        else:
-            spread = s * suu - su * su
-            e = np.clip((suu * sy - su * syu) / np.where(spread > 0, spread, 1), least, most)
-        b = np.maximum((syu - e * su) / suu, 1e-12)
-        r = np.abs(y[:, None, :] - np.log(e[..., None] + b[..., None] * u)) / delta
-        robust = 1 / np.maximum(r, 1)
-    cost = np.where(r <= 1, 0.5 * r * r, r - 0.5).sum(2)
-    return e, b, cost

@@ -96,15 +96,16 @@ class Loop:
         checkpoints: Path,
         keep: frozenset[int] = frozenset(),
         watch: bool = False,
+        evaluate_at: frozenset[int] = frozenset(),
         evaluate_end: bool = False,
     ) -> str:
         """Train until `session.step == until`; save at the end, every `checkpoint_every` steps and at `keep`.
 
         Returns the digest of the last checkpoint (on rank 0; "" elsewhere).
 
-        `watch` evaluates a session (without controller) as often as a controller would, for the record;
-        `evaluate_end` evaluates at the end, if the controller did not. What is logged about a step is logged
-        before its save: a run killed at any point has all of it once it is resumed.
+        `watch` evaluates a session (without controller) as often as a controller would, `evaluate_at` after so many
+        updates, both for the record; `evaluate_end` evaluates at the end, if the controller did not. What is logged
+        about a step is logged before its save: a run killed at any point has all of it once it is resumed.
         Raises `StoppedError` after a requested stop (state saved), `NumericalError` after `SKIPS_IN_A_ROW`
         steps without a finite gradient (nothing saved since), `DataError` where the data ends early.
         """
@@ -122,7 +123,7 @@ class Loop:
         in_flight: deque[tuple[Any, Any]] = deque()
         digest = ""
         with meter.paused():
-            self.control(session, slice_name, watch)
+            self.control(session, slice_name, watch, evaluate_at)
         while session.step < until:
             rate = session.rate
             try:
@@ -149,10 +150,10 @@ class Loop:
             stop = self._must_stop(session.step)  # asked once a step: a signal may come at any moment
             due = session.step % train.checkpoint_every == 0 or session.step in keep
             save = due or stop or session.step == until
-            if save or session.control_due:
+            if save or session.control_due or session.step in evaluate_at:
                 meter.flush()
             with meter.paused():
-                self.control(session, slice_name, watch)
+                self.control(session, slice_name, watch, evaluate_at)
                 if session.step == until:
                     self._log_end(session, slice_name, evaluate_end)
                 if save:
@@ -164,10 +165,17 @@ class Loop:
                 raise StoppedError(f"stopped {where}")
         return digest
 
-    def control(self, session: Session, slice_name: str, watch: bool = False) -> None:
+    def control(
+        self,
+        session: Session,
+        slice_name: str,
+        watch: bool = False,
+        evaluate_at: frozenset[int] = frozenset(),
+    ) -> None:
         """Evaluate and let the controller move the weights, where it is due."""
         if not session.control_due:
-            if watch and session.controller is None and session.step % session.every == 0:
+            watched = watch and session.controller is None and session.step % session.every == 0
+            if watched or session.step in evaluate_at:
                 self.evaluate(self.config.control.heldout_tokens, session=session, slice_name=slice_name)
         else:
             losses = self._signal(session, slice_name)
@@ -215,6 +223,8 @@ class Loop:
             self._evaluated = session.step
         record = {"kind": kind, "segment": session.segment, "step": session.step, "slice": slice_name}
         record |= {"loss": dict(losses), "tokens": dict(zip(losses.names, losses.tokens, strict=True))}
+        if losses.stderr is not None:
+            record["stderr"] = dict(zip(losses.names, losses.stderr, strict=True))
         self.log(record)
         return own if kind == "eval" else losses
 

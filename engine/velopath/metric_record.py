@@ -60,8 +60,8 @@ _WHERE_THERE: dict[str, dict[str, _Form]] = {
         ("rate", "tokens_per_second", "grad_norm", "data_wait_share", "seconds", "mfu"), _NUMBER
     )
     | {"phase_seconds": _BY_DOMAIN, "stream": _TEXT_OR_NULL},
-    "eval": {"tokens": _COUNTS_BY_DOMAIN},
-    "version": {"tokens": _COUNTS_BY_DOMAIN},
+    "eval": {"tokens": _COUNTS_BY_DOMAIN, "stderr": _BY_DOMAIN},
+    "version": {"tokens": _COUNTS_BY_DOMAIN, "stderr": _BY_DOMAIN},
     "control": dict.fromkeys(
         ("initial", "target", "losses", "stderr", "filtered", "proposed", "fitted"), _BY_DOMAIN_OR_NULL
     )

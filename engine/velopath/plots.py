@@ -93,7 +93,8 @@ def plot_targets(targets: Targets, path: str | Path) -> Path:
                 axis.set_xlabel("training tokens, all domains")
         for axis in axes[len(fitted) :]:
             axis.set_visible(False)
-        words = f"Proxy (circles), fitted law with its {targets.level:.0%} band, target (diamond)"
+        decay = "" if targets.decay is None else f" after decays of {targets.decay:.0%}"
+        words = f"Points{decay} (circles), fitted law with its {targets.level:.0%} band, target (diamond)"
         figure.suptitle(words, x=0.01, ha="left", size=10, color=QUIET)
         return save_figure(figure, path)
 
@@ -252,11 +253,10 @@ def _draw_target(axis: Axes, name: str, domain: DomainTarget, law: TargetLaw, le
     )
     axis.set_title(name)
     error = f", left-out error {domain.error:.3f} nats" if domain.error is not None else ""
-    formula = f"{law.E:.2f} + " if law.law == "three" else ""
     axis.text(
         1,
         0.97,
-        f"{formula}B / D^{law.beta:.2f}{error}",
+        f"{law.formula}{error}",
         transform=axis.transAxes,
         ha="right",
         va="top",

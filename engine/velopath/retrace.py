@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from velopath import controllers
 from velopath.config import ControlConfig, RunConfig
-from velopath.configured import configured, with_decay_gain
+from velopath.configured import configured, fitted_losses, with_decay_gain
 from velopath.controllers import Controller
 from velopath.domains import DomainLoss, Progress
 from velopath.errors import ConfigError
@@ -160,4 +160,5 @@ def _fitted(folder: RunFolder, config: RunConfig, slice: str) -> dict[str, float
         if name == slice:
             break
     rows = (folder.read_json("run.json") or {}).get("global_rows", config.train.rows)
-    return Targets.from_json(value).at(steps * rows * config.train.row_tokens, above_last="last").losses
+    fitted = Targets.from_json(value).at(steps * rows * config.train.row_tokens, above_last="last")
+    return fitted_losses(config.control, fitted)

@@ -17,13 +17,13 @@
 Keys of `run.json`: `name`, `command`, `state` (running, done, stopped, failed), `started` and `ended`
 (ISO 8601), `seconds`, `versions` {package: version}, `hardware` {what: value}, `seed`.
 
-A metrics record names its `kind`, its `segment` ("base", "proxy", "main", or a version's name) and its `step`,
-which counts the updates done:
+A metrics record names its `kind`, its `segment` ("base", "proxy", "proxy-STEP" for the short decay of a point, "main",
+or a version's name) and its `step`, which counts the updates done:
 
 | kind | further fields |
 | --- | --- |
 | `step` | `loss`, `rate`, `tokens` a step, `tokens_per_second`, `grad_norm`, `stream`, `data_wait_share`, `seconds` |
-| `eval` | `loss` {domain: nats}, `tokens` {domain: held-out tokens}, `slice` |
+| `eval` | `loss` {domain: nats}, its `stderr`, `tokens` {domain: held-out tokens}, `slice` |
 | `version` | as `eval`, on the larger sample that a version is judged by: at its branch point and its end |
 | `control` | `weights`, `velocity` or null, `initial`, `target`, `flagged`, `clipped`, `reason`, `slice`, more below |
 | `alarm` | `alarms` [{`rule`, `domain`, `value`, `limit`, `text`}], see `velopath.alarms`; `slice` |
@@ -62,6 +62,11 @@ from velopath.errors import ConfigError, DataError
 from velopath.metric_record import misfit
 
 Record = dict[str, Any]
+
+
+def is_proxy(segment: str) -> bool:
+    """Whether a segment's name is that of the proxy trunk or of a short decay from one of its points."""
+    return segment == "proxy" or segment.removeprefix("proxy-").isdigit() and segment.startswith("proxy-")
 
 
 class RunFolder:

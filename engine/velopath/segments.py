@@ -11,8 +11,10 @@ from velopath.environment import describe_environment
 from velopath.errors import ConfigError
 from velopath.lineage import Version
 from velopath.loop import Loop
+from velopath.proxy import awaits_targets, first_losses, first_slice, train_points
 from velopath.run import MAIN, Piece, Run
 from velopath.runconfig import slice_folders
+from velopath.runfolder import is_proxy
 from velopath.runlineage import (
     data_hash,
     edge_seconds,
@@ -32,14 +34,19 @@ def train_main(run: Run, until: int | None = None) -> int:
 
     A checkpoint stays at every planned branch point and at the end of each slice, to which one can roll back. At the
     start of a slice the controller starts again: first losses measured there, targets read at the slice's end, weights
-    as the slice says.
+    as the slice says. With `proxy.source` "main" its first steps give the targets, and the controller begins behind
+    them, from the starting model's losses.
     """
     goal = run.plan.main_steps if until is None else until
-    check_controllers(run, goal)
+    waits = awaits_targets(run)
+    check_controllers(run, goal, known=slice_folders(run.config, first_slice(run)) if waits else ())
     for branch in run.plan.branches:
         _check_has_parent(branch.name, branch.start_step)  # a version that could not be cut is refused now
         run.branch_path(branch.start_step, branch.steps)
     root = run.checkpoints(MAIN)
+    if waits:
+        _note_base(run)
+        train_points(run, MAIN, goal)
     loop, checkpoint = run.loop_at(root)
     state = checkpoint.state if checkpoint is not None else None
     step = 0 if state is None else int(state["step"])
@@ -57,6 +64,8 @@ def train_main(run: Run, until: int | None = None) -> int:
         with run.session(
             piece, segment=MAIN, path=run.main_path(), state=state, controller=controller
         ) as session:
+            if piece.first == 0:
+                session.initial = first_losses(run)
             digest = loop.run(
                 session,
                 until=piece.end,
@@ -209,10 +218,14 @@ def _note_base(run: Run) -> None:
 
 def _branch_piece(run: Run, name: str, at: int | None, steps: int | None) -> Piece:
     if (
-        name in (MAIN, "proxy", "base")
+        name in (MAIN, "base")
+        or is_proxy(name)
         or not name.replace("-", "").replace("_", "").replace(".", "").isalnum()
     ):
-        raise ConfigError(f"version name {name!r}; expected letters, digits, '-', '_' or '.', and not 'main'")
+        raise ConfigError(
+            f"version name {name!r}; expected letters, digits, '-', '_' or '.', and not 'main', 'base', 'proxy' or "
+            "'proxy-STEP'"
+        )
     planned = {branch.name: branch for branch in run.plan.branches}.get(name)
     if at is None:
         if planned is None:

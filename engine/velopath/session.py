@@ -24,6 +24,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,6 +74,9 @@ class Session:
             raise ConfigError(f"every is {every}; the controller needs 1 step or more between updates")
         self.sampler, self.path, self.controller, self.segment = sampler, path, controller, segment
         self.every, self.end, self.shadow = every, end, shadow
+        self.initial: DomainLoss | None = None
+        """Losses of the starting model, where the controller is to start from these and not from the first it is given:
+        l_init of a controller that begins later than the run."""
         self.signal = Anchored()
         """The state of the anchored signal, for a loop that uses it; saved with the session."""
         self.step = sampler.step
@@ -199,20 +203,29 @@ class Session:
     def on_eval(self, losses: Mapping[str, float] | DomainLoss) -> MixtureWeights:
         """Give the controller `losses` in nats per token by domain; push what it answers; return the weights.
 
-        The first call starts the controller (l_init) and moves nothing; later ones push from the next step on.
+        The first call starts the controller (l_init) and moves nothing, unless there are `initial` losses to start
+        from: then it is an update already. Updates push from the next step on.
         """
         if self.controller is None:
             return self.weights
         self._observed = self.step
         if not self.started:
-            self._state = controllers.start(self.controller, losses, self.weights, self.progress)
-            if dict(self._state.weights) != dict(self.weights):  # floor and cap act on the first weights too
-                self._push(self._state.weights)
-            self._log("start", losses)
-            return self.weights
+            if self.initial is None:
+                self._state = controllers.start(self.controller, losses, self.weights, self.progress)
+                if dict(self._state.weights) != dict(
+                    self.weights
+                ):  # floor and cap act on the first weights too
+                    self._push(self._state.weights)
+                self._log("start", losses, self.progress)
+                return self.weights
+            # Recorded at the step that the losses are of; at the present one the update's record would replace it.
+            now = self.progress
+            then = replace(now, step=now.first, tokens=dict.fromkeys(now.tokens, 0))
+            self._state = controllers.start(self.controller, self.initial, self.weights, then)
+            self._log("start", self.initial, then)
         self._state, proposed = controllers.observe(self.controller, self._state, losses, self.progress)
         self._push(proposed)
-        self._log("update", losses)
+        self._log("update", losses, self.progress)
         return self.weights
 
     def _push(self, weights: Mapping[str, float]) -> None:
@@ -226,12 +239,12 @@ class Session:
         text = json.dumps(self._state.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _log(self, reason: str, losses: Mapping[str, float]) -> None:
-        record = {"kind": "control", "segment": self.segment, "step": self.step, "reason": reason}
+    def _log(self, reason: str, losses: Mapping[str, float], progress: Progress) -> None:
+        record = {"kind": "control", "segment": self.segment, "step": progress.step, "reason": reason}
         record |= self._state.record()
         if self.shadow:
             record |= {"shadow": True, "proposed": dict(self._state.weights)}
-        seen: dict[str, Any] = {"losses": dict(losses), "progress": self.progress.to_json()}
+        seen: dict[str, Any] = {"losses": dict(losses), "progress": progress.to_json()}
         if isinstance(losses, DomainLoss) and losses.stderr is not None:
             seen["stderr"] = dict(zip(losses.names, losses.stderr, strict=True))
         self._record(record | seen | {"weights": dict(self.weights), "id": self.weights.id})

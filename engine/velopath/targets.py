@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from velopath.errors import ConfigError, NumericalError
 from velopath.law import TargetLaw, fit_target
+from velopath.law_sized import SIZE_EXPONENT, fit_sized, law_from_json
 
 __all__ = ["FAR", "DomainTarget", "TargetLaw", "Targets", "fit_target"]
 
@@ -47,7 +48,9 @@ class Targets:
 
     `shares` are the shares at which the proxy was trained: a law holds for those shares only, and which ones are
     assumed moves a run more than the rule that uses them. `proxy_steps`, `proxy_tokens` (training) and
-    `evaluation_tokens` are the cost of the points.
+    `evaluation_tokens` are the cost of the points. `parameters` is the size of the model that they hold for. `decay` is
+    the share of its steps that each point decayed before it was read (None: not at all), and `decay_gain` what that
+    gained at the last point, nats by domain.
     """
 
     domains: Mapping[str, DomainTarget]
@@ -56,6 +59,9 @@ class Targets:
     proxy_tokens: int = 0
     evaluation_tokens: int = 0
     level: float = 0.9
+    parameters: int | None = None
+    decay: float | None = None
+    decay_gain: Mapping[str, float] | None = None
 
     @property
     def losses(self) -> dict[str, float]:
@@ -68,6 +74,21 @@ class Targets:
         of each token evaluated (a forward pass); None for targets given by hand."""
         read = max((d.tokens or 0.0 for d in self.domains.values()), default=0.0)
         return (self.proxy_tokens + self.evaluation_tokens / 3) / read if read else None
+
+    @property
+    def cost_words(self) -> str:
+        """What the points were made of: steps of a trunk and of decays, or the main path's own; and evaluations."""
+        own = f"proxy: {self.proxy_steps:,} steps, {self.proxy_tokens:,} tokens, " if self.proxy_steps else ""
+        of = "" if own else "points of the main path itself, "
+        return f"{own}{of}{self.evaluation_tokens:,} tokens evaluated"
+
+    @property
+    def decay_note(self) -> str:
+        """What decays there were and what they gained, as a phrase to put behind a sentence."""
+        if self.decay is None or self.decay_gain is None:
+            return ""
+        gains = ", ".join(f"{name} {gain:.3f}" for name, gain in self.decay_gain.items())
+        return f"; each point after a decay of {self.decay:.0%} of its steps, which gained at the last: {gains} nats"
 
     @property
     def cost_note(self) -> str:
@@ -100,28 +121,42 @@ class Targets:
         law: Literal["auto", "three", "two", "prior"] = "auto",
         above_last: Literal["raise", "last"] = "raise",
         level: float = 0.9,
+        parameters: int | None = None,
+        siblings: Mapping[str, Targets] | None = None,
+        size_exponent: float = SIZE_EXPONENT,
+        decay: float | None = None,
+        decay_gain: Mapping[str, float] | None = None,
     ) -> Targets:
         """One law per domain from `curves` (name -> (tokens, nats) pairs), read at `tokens` training tokens.
 
         A target above the last proxy loss is refused (`above_last` "raise"), or replaced by that loss with a
-        warning ("last"): the domain was not getting better and is held where it is. The other arguments are
-        noted. Raises as `fit_target` does, naming the domain.
+        warning ("last"): the domain was not getting better and is held where it is. `siblings` are the targets of
+        smaller models on the same data: with `parameters` their points give the law a size term, see
+        `velopath.law_sized`. The other arguments are noted. Raises as `fit_target` does, naming the domain.
         """
         if above_last not in ("raise", "last"):
             raise ConfigError(f"above_last is {above_last!r}; expected 'raise' or 'last'")
+        others = _sibling_points(siblings or {}, sorted(curves), decay)
+        if others and parameters is None:
+            raise ConfigError("siblings need the model's own number of parameters")
         domains = {}
         for name in sorted(curves):
             try:
                 pairs = list(curves[name])
                 reach = tokens / max((p[0] for p in pairs), default=tokens)
-                fitted = fit_target(
-                    [p[0] for p in pairs], [p[1] for p in pairs], law=law, extrapolation=reach
-                )
+                fitted: TargetLaw
+                if others and parameters is not None:
+                    fitted = fit_sized(pairs, parameters, others[name], exponent=size_exponent)
+                else:
+                    fitted = fit_target(
+                        [p[0] for p in pairs], [p[1] for p in pairs], law=law, extrapolation=reach
+                    )
                 domains[name] = _read(fitted, tokens, above_last, level)
             except (ConfigError, NumericalError) as error:
                 raise type(error)(f"domain {name!r}: {error}") from error
         noted = dict(shares) if shares is not None else None
-        return cls(domains, noted, proxy_steps, proxy_tokens, evaluation_tokens, level)
+        cost = (proxy_steps, proxy_tokens, evaluation_tokens)
+        return cls(domains, noted, *cost, level, parameters, decay, decay_gain)
 
     def at(self, tokens: float, *, above_last: Literal["raise", "last"] = "raise") -> Targets:
         """The same laws read at other `tokens`: for the next slice, the cumulative tokens at its end. Targets given
@@ -130,9 +165,7 @@ class Targets:
             name: _read(d.law, tokens, above_last, self.level) if d.law is not None else d
             for name, d in self.domains.items()
         }
-        return Targets(
-            domains, self.shares, self.proxy_steps, self.proxy_tokens, self.evaluation_tokens, self.level
-        )
+        return replace(self, domains=domains)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value from which `from_json` makes equal targets."""
@@ -156,6 +189,9 @@ class Targets:
             "proxy_tokens": self.proxy_tokens,
             "evaluation_tokens": self.evaluation_tokens,
             "level": self.level,
+            "parameters": self.parameters,
+            "decay": self.decay,
+            "decay_gain": None if self.decay_gain is None else dict(self.decay_gain),
         }
 
     @classmethod
@@ -168,7 +204,7 @@ class Targets:
                 name: DomainTarget(
                     float(d["target"]),
                     d["tokens"],
-                    TargetLaw.from_json(d["law"]) if d["law"] is not None else None,
+                    law_from_json(d["law"]) if d["law"] is not None else None,
                     (d["interval"][0], d["interval"][1]) if d["interval"] is not None else None,
                     d["error"],
                     tuple(d["warnings"]),
@@ -176,11 +212,43 @@ class Targets:
                 for name, d in value["domains"].items()
             }
             cost = (int(value["proxy_steps"]), int(value["proxy_tokens"]), int(value["evaluation_tokens"]))
-            return cls(domains, value["shares"], *cost, float(value["level"]))
+            gain = value.get("decay_gain")
+            return cls(
+                domains,
+                value["shares"],
+                *cost,
+                float(value["level"]),
+                value.get("parameters"),
+                value.get("decay"),
+                None if gain is None else {name: float(nats) for name, nats in gain.items()},
+            )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ConfigError(
                 f"malformed targets: {error!r}; expected what Targets.to_json writes"
             ) from error
+
+
+def _sibling_points(
+    siblings: Mapping[str, Targets], names: Sequence[str], decay: float | None
+) -> dict[str, dict[float, tuple[tuple[float, float], ...]]]:
+    """Domain -> parameters -> points of the siblings. Raises `ConfigError` naming the one that does not fit."""
+    found: dict[str, dict[float, tuple[tuple[float, float], ...]]] = {name: {} for name in names}
+    for sibling, targets in siblings.items():
+        if targets.parameters is None:
+            raise ConfigError(f"sibling {sibling!r}: its targets do not say how many parameters it has")
+        if targets.decay != decay:
+            raise ConfigError(
+                f"sibling {sibling!r} was read with proxy.decay {targets.decay}, the model with {decay}; use the same"
+            )
+        for name in names:
+            if name not in targets.domains or not targets.domains[name].points:
+                raise ConfigError(f"sibling {sibling!r} has no points of domain {name!r}")
+            if targets.parameters in found[name]:
+                raise ConfigError(
+                    f"sibling {sibling!r}: another one has {targets.parameters:,} parameters, too"
+                )
+            found[name][targets.parameters] = targets.domains[name].points
+    return found if siblings else {}
 
 
 def _read(law: TargetLaw, tokens: float, above_last: str, level: float) -> DomainTarget:

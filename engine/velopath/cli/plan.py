@@ -12,6 +12,7 @@ from velopath.errors import ConfigError
 if TYPE_CHECKING:
     from velopath.config import RunConfig
     from velopath.plan_price import Price
+    from velopath.proxy_points import training_steps
 
 
 def plan(
@@ -106,7 +107,7 @@ def _price(
         train = config.train
         facts = {"tokens_per_step": train.rows * train.row_tokens, "every": config.control.every}
         proxy = config.control.targets is None and needs_targets(config.control.controller)
-        facts["proxy_steps"] = config.proxy.steps if proxy else 0
+        facts["proxy_steps"] = training_steps(config.proxy, config.path.warmup_steps) if proxy else 0
         domains = _domains(config)
         facts["evaluation_tokens"] = config.control.heldout_tokens * domains
         facts["version_tokens"] = config.evaluate.tokens * domains

@@ -59,15 +59,14 @@ def show_targets(targets: Targets) -> None:
         law = domain.law
         last = f"{domain.points[-1][1]:.3f}" if domain.points else "-"
         interval = f"{domain.interval[0]:.3f} .. {domain.interval[1]:.3f}" if domain.interval else "-"
-        formula = f"{law.E:.2f} + {law.B:.3g} / D^{law.beta:.2f}" if law else "given"
+        formula = law.formula if law else "given"
         error = f"{domain.error:.3f}" if domain.error is not None else "-"
         rows.append([name, last, f"{domain.target:.3f}", interval, error, formula])
     table(
         "Target losses, nats per token",
         ["domain", "last proxy", "target", "90 % interval", "leave-last-out", "law"],
         rows,
-        f"proxy: {targets.proxy_steps:,} steps, {targets.proxy_tokens:,} tokens, "
-        f"{targets.evaluation_tokens:,} tokens evaluated{targets.cost_note}",
+        f"{targets.cost_words}{targets.cost_note}{targets.decay_note}",
     )
     for warning in targets.warnings:
         Console().print(f"warning: {warning}", style="yellow", highlight=False)

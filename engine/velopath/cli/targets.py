@@ -15,11 +15,12 @@ def targets(
         Path | None, typer.Option("--run", "-r", help="run folder; default runs/NAME-OF-THE-CONFIG")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="run the proxies again over existing targets")
+        bool, typer.Option("--force", help="train the trunk and its decays again over existing targets")
     ] = False,
 ) -> None:
     """Train the proxy trunk (constant rate, original weights), fit L(D) = E + B/D^beta per domain, extrapolate.
 
+    With proxy.source=main the points are the main path's own first steps, which `velopath train` goes on from.
     Writes RUN/targets.json and RUN/targets.png, which `velopath train` then reads.
     """
     from velopath.cli.progress import console_log

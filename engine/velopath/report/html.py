@@ -336,15 +336,22 @@ def _targets(record: RunRecord, drawn: dict[str, list[Figure]]) -> str:
             ),
         )
     words = (
-        "Each target is a Chinchilla law L(D) = E + B / D^β, fitted to a proxy run and read at the tokens of the "
-        "slice. The leave-last-out error is the honest size of an extrapolation error; the interval assumes that the "
-        "law's form is right."
+        "Each target is a Chinchilla law L(D) = E + B / D^β, fitted to the first steps of "
+        f"{'a proxy run' if targets.proxy_tokens else 'the main path'} and read at the tokens of the slice. "
+        "The leave-last-out error is the honest size of an extrapolation error; the interval assumes that the law's "
+        "form is right."
     )
     if targets.shares:
         words += (
-            " The laws hold for the shares at which the proxy was trained: "
+            " The laws hold for the shares that were read there: "
             + ", ".join(f"{escape(d)} {s:.0%}" for d, s in sorted(targets.shares.items()))
             + "."
+        )
+    if targets.decay_gain is not None:
+        words += (
+            f" Each point was read after a decay of {targets.decay:.0%} of its steps, which gained at the last one: "
+            + ", ".join(f"{escape(d)} {gain:.3f}" for d, gain in sorted(targets.decay_gain.items()))
+            + " nats."
         )
     now = [number(targets.domains[f.title].target) or "" for f in drawn["fits"]]
     panels = _panels(drawn["fits"], [f"target {n}" for n in now]) if drawn["fits"] else None

@@ -16,12 +16,17 @@ from velopath.config import read_tree
 from velopath.errors import DataError
 from velopath.lineage import Lineage
 from velopath.plan import Plan
-from velopath.runfolder import Record, RunFolder
+from velopath.runfolder import Record, RunFolder, is_proxy
 from velopath.stream_data import check_table
 from velopath.targets import Targets
 
 MAIN, BASE, PROXY = "main", "base", "proxy"
-"""Segment names with a meaning of their own; every other segment is the branch of a version."""
+"""Segment names with a meaning of their own."""
+
+
+def is_branch(segment: str) -> bool:
+    """Whether a segment is the branch of a version."""
+    return segment not in (MAIN, BASE) and not is_proxy(segment)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class RunRecord:
 
     @property
     def branches(self) -> tuple[Segment, ...]:
-        return tuple(s for n, s in self.segments.items() if n not in (MAIN, BASE, PROXY))
+        return tuple(s for n, s in self.segments.items() if is_branch(n))
 
     @property
     def walk(self) -> tuple[Segment, ...]:
@@ -273,9 +278,7 @@ def _hash(config: Mapping[str, Any]) -> str:
 
 def _segments(run: RunFolder, starts: Mapping[str, int]) -> dict[str, Segment]:
     """Segments by name: main first, versions in the order they were cut, base and proxy last."""
-    records = [
-        r for r in run.metrics() if isinstance(r.get("segment"), str) and isinstance(r.get("step"), int)
-    ]
+    records = run.metrics()
     ran = _steps_run(run.records(), starts)
     found: dict[str, Segment] = {}
     for name in dict.fromkeys(r["segment"] for r in records):
@@ -297,13 +300,17 @@ def _segments(run: RunFolder, starts: Mapping[str, int]) -> dict[str, Segment]:
             of("exposure"),
             of("alarm"),
         )
-    order = {MAIN: 0, BASE: 2, PROXY: 3}
-    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], 1), item[1].start)))
+    order = {MAIN: 0, BASE: 2}
+    return dict(
+        sorted(found.items(), key=lambda i: (3 if is_proxy(i[0]) else order.get(i[0], 1), i[1].start))
+    )
 
 
 def _start(name: str, first: int, starts: Mapping[str, int]) -> int:
-    """Updates done before a segment's first: its branch step, or 0 where it is no branch."""
-    return 0 if name in (MAIN, BASE, PROXY) else starts.get(name, first)
+    """Updates done before a segment's first: its branch step, the step in a decay's name, or 0."""
+    if is_branch(name):
+        return starts.get(name, first)
+    return int(name.removeprefix(f"{PROXY}-")) if name.startswith(f"{PROXY}-") else 0
 
 
 def _steps_run(records: Iterable[Record], starts: Mapping[str, int]) -> dict[str, int]:
@@ -314,9 +321,7 @@ def _steps_run(records: Iterable[Record], starts: Mapping[str, int]) -> dict[str
     at: dict[str, int] = {}
     ran: dict[str, int] = {}
     for record in records:
-        name, step = record.get("segment"), record.get("step")
-        if not isinstance(name, str) or not isinstance(step, int):
-            continue
+        name, step = record["segment"], record["step"]
         before = at.setdefault(name, _start(name, step, starts))
         if record.get("kind") == "resume":
             at[name] = step
@@ -338,7 +343,7 @@ def _versions(run: RunFolder, segments: Mapping[str, Segment], lineage: Lineage)
     cut = {v.name: v for v in lineage.versions}
     main = segments.get(MAIN)
     rows = []
-    for name in dict.fromkeys((*(n for n in segments if n not in (MAIN, BASE, PROXY)), *cut)):
+    for name in dict.fromkeys((*(n for n in segments if is_branch(n)), *cut)):
         branch, known = segments.get(name), cut.get(name)
         judged = [r for r in branch.judged if r["step"] > branch.start] if branch else []
         reached: Record = judged[-1] if judged else {}
@@ -380,8 +385,8 @@ def _ledger(run: RunFolder, segments: Mapping[str, Segment], plan: Plan | None, 
 
     return Ledger(
         main_steps=steps(MAIN),
-        branch_steps=sum(s.run_steps for n, s in segments.items() if n not in (MAIN, BASE, PROXY)),
-        proxy_steps=steps(PROXY),
+        branch_steps=sum(s.run_steps for n, s in segments.items() if is_branch(n)),
+        proxy_steps=sum(s.run_steps for n, s in segments.items() if is_proxy(n)),
         base_steps=lineage.cost.base_steps or steps(BASE) + sum(_steps_run(base, {}).values()),
         evaluation_tokens=sum(
             sum(r["tokens"].values())
