@@ -121,6 +121,34 @@ def test_explain_shows_each_stage_and_guard() -> None:
     assert after.shares[0] == 0.4
 
 
+@pytest.mark.parametrize(
+    ("normalise", "expected"),
+    [
+        ("gap", (0.5, 0.8)),  # 0.4 / 0.8, 0.4 / 0.5
+        ("target", (1 / 3, 4 / 29)),  # 0.4 / 1.2, 0.4 / 2.9
+        ("none", (0.4, 0.4)),
+    ],
+)
+def test_what_the_distance_is_divided_by(normalise: str, expected: tuple[float, float]) -> None:
+    controller = Velocitune({"code": 1.2, "prose": 2.9}, normalise=normalise)  # type: ignore[arg-type]
+    state = controller.start({"code": 2.0, "prose": 3.4}, HALF)
+    state, weights = controller.observe(state, {"code": 1.6, "prose": 3.3})
+    assert state.velocity == pytest.approx(expected, abs=1e-12)
+    odds = math.exp(expected[1] - expected[0])
+    assert weights["prose"] / weights["code"] == pytest.approx(odds, abs=1e-12)
+    worked = controller.explain(state, {"code": 1.0, "prose": 3.3})
+    assert f"= {worked.terms['prose']['raw']:.4f}" in worked.worked["prose"]
+    assert worked.terms["code"]["velocity"] == 0.0 and "clip" in worked.guards["code"]
+
+
+def test_distances_in_nats_need_no_gap() -> None:
+    """Without the gap below the line there is nothing to refuse where a domain starts at its target."""
+    controller = Velocitune({"code": 2.0, "prose": 2.9}, normalise="none")
+    state = controller.start({"code": 2.0, "prose": 5.4}, HALF)
+    state, weights = controller.observe(state, {"code": 2.0, "prose": 5.4})
+    assert state.velocity == pytest.approx((0.0, 2.5)) and weights["prose"] > weights["code"]
+
+
 def test_small_gap_takes_the_mean_of_the_others() -> None:
     controller = Velocitune({"a": 1.0, "b": 1.0, "old": 1.9}, small_gap="mean")
     third = {"a": 1.0, "b": 1.0, "old": 1.0}

@@ -98,6 +98,8 @@ class Velocitune:
     below is our choice and off by default:
 
     - `step_size`: eta.
+    - `normalise`: what the distance to the target is divided by: "gap" (the rule's), "target" (l_target: the relative
+      distance, limited to [0, 1]) or "none" (nats, limited to 0 or more); without "gap" no gap is too small.
     - `smoothing`: c in w <- (1 - c) * w + c * q, with q = 1/K (`smoothing_to` "uniform", as the relatives' code has
       it) or q = the first shares ("prior"). It makes the integral of V leak.
     - `small_gap`: "raise" makes `start` refuse a domain with l_init <= l_target, where the rule is undefined.
@@ -121,6 +123,7 @@ class Velocitune:
     floor: float = 0.0
     cap: float = 1.0
     missing: Literal["raise", "last"] = "raise"
+    normalise: Literal["gap", "target", "none"] = "gap"
 
     needs_targets: ClassVar[bool] = True
 
@@ -138,6 +141,7 @@ class Velocitune:
             ("smoothing_to", self.smoothing_to, ("uniform", "prior")),
             ("small_gap", self.small_gap, ("raise", "mean")),
             ("missing", self.missing, ("raise", "last")),
+            ("normalise", self.normalise, ("gap", "target", "none")),
         ):
             if value not in known:
                 raise ConfigError(f"{option} is {value!r}; expected one of {', '.join(map(repr, known))}")
@@ -199,9 +203,12 @@ class Velocitune:
                 ("cap", after.shares[k] == self.cap and update.smoothed[k] > self.cap),
             ]
             guards[name] = tuple(guard for guard, did in fired if did)
-            gap = first - goal
-            own = f"V = ({now:.4f} - {goal:.4f}) / ({first:.4f} - {goal:.4f}) = "
-            own += f"{now - goal:.4f} / {gap:.4f} = {update.raw[k]:.4f}" if gap else "undefined"
+            own = f"V = {now:.4f} - {goal:.4f} = {update.raw[k]:.4f}"
+            if self.normalise != "none":
+                gap = first - goal if self.normalise == "gap" else goal
+                under = f"({first:.4f} - {goal:.4f})" if self.normalise == "gap" else f"{goal:.4f}"
+                own = f"V = ({now:.4f} - {goal:.4f}) / {under} = "
+                own += f"{now - goal:.4f} / {gap:.4f} = {update.raw[k]:.4f}" if gap else "undefined"
             if name in state.flagged:
                 own += f", gap too small: mean of the others {v:.4f}"
             elif name in after.clipped:
@@ -213,9 +220,8 @@ class Velocitune:
             if after.shares[k] != update.scaled[k]:
                 bounds = [g for g in guards[name] if g in ("smoothing", "floor", "cap")]
                 worked[name] += f", then {', '.join(bounds) or 'bounds of others'}: {after.shares[k]:.4f}"
-        formula = (
-            "V = (l - l_target) / (l_init - l_target), in 0 ... 1; w <- w exp(eta V) / sum(w exp(eta V))"
-        )
+        under = {"gap": " / (l_init - l_target), in 0 ... 1", "target": " / l_target, in 0 ... 1"}
+        formula = f"V = (l - l_target){under.get(self.normalise, ', 0 or more')}; w <- w exp(eta V) / sum(w exp(eta V))"
         return Explanation(formula, terms, worked, guards)
 
     def _update(self, state: VelocityState, losses: Mapping[str, float]) -> _Update:
@@ -277,7 +283,9 @@ class Velocitune:
         target: tuple[float, ...],
         losses: Mapping[str, float],
     ) -> tuple[str, ...]:
-        flagged = []
+        flagged: list[str] = []
+        if self.normalise != "gap":
+            return ()
         for name, now, goal in zip(names, initial, target, strict=True):
             if self.small_gap == "raise":
                 if now <= goal:
@@ -294,15 +302,16 @@ class Velocitune:
     def _velocities(
         self, state: VelocityState, last: tuple[float, ...]
     ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[str, ...]]:
-        """(l - l_target) / (l_init - l_target), V, and the names whose V was clamped."""
+        """(l - l_target) over what `normalise` says, V, and the names whose V was clamped."""
         every: list[float] = []
         own: dict[str, float] = {}
         clipped = []
         for name, loss, start, goal in zip(state.names, last, state.initial, state.target, strict=True):
-            every.append((loss - goal) / (start - goal) if start != goal else math.nan)
+            scale = {"gap": start - goal, "target": goal, "none": 1.0}[self.normalise]
+            every.append((loss - goal) / scale if scale else math.nan)
             if name in state.flagged:
                 continue
-            own[name] = min(max(every[-1], 0.0), 1.0)
+            own[name] = min(max(every[-1], 0.0), math.inf if self.normalise == "none" else 1.0)
             if own[name] != every[-1]:
                 clipped.append(name)
         neutral = math.fsum(own.values()) / len(own) if own else 1.0
