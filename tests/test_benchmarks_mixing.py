@@ -95,8 +95,9 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mixing", "--smoke", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "## Headroom" in printed and "## Target error" in printed
+    assert "## Sensitivity" in printed
     files = {path.suffix: path for path in tmp_path.iterdir()}
-    assert set(files) == {".json", ".md", ".png"}
+    assert set(files) == {".json", ".md", ".png"} and len(list(tmp_path.glob("*.png"))) == 2
     found = json.loads(files[".json"].read_text())["result"]
     assert found["complete"]
     assert set(found["natural"]) == set(TRAIN_BYTES) > set(KNOWN)
@@ -108,6 +109,11 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert spent <= 512 * found["scale"]["steps"], name
     assert found["arms"]["Velocitune, faithful"]["1"]["steps"] < found["scale"]["steps"]
     assert len(found["arms"]["marginal gain, worst"]["1"]["weights"]) > 10
+    rows = {name: row for name, row in found["targets"].items() if "short decays" in name}
+    assert set(rows) == {"natural, short decays, seed 1", "uniform, short decays, seed 1"}
+    # 40 steps: 8 points at 2, 3, 3, 4 ... of which 5 differ (2, 3, 4, 5, 6), each with a decay of one step.
+    assert {row["points"] for row in rows.values()} == {5}
+    assert len(found["sensitivity"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -115,11 +115,11 @@ def velocitune_faithful(study: Study, seed: int) -> RunSettings:
     )
 
 
-def velocitune_defaults(study: Study, seed: int) -> RunSettings:
+def velocitune_guarded(study: Study, seed: int, updates: int = UPDATES, **changes: Any) -> RunSettings:
     """Velocitune with our guards: small gaps take the mean, floor, cap, and a leak toward the prior; targets from the
     run's own first steps, at no cost but their evaluations; uniform start and targets for uniform shares."""
     targets = study.targets(study.truth(seed, study.uniform, shares=POINTS))
-    begin = _begin(study)
+    every = max(round(study.scale.steps / updates), 1)
     return study.settings(
         seed,
         study.uniform,
@@ -132,15 +132,12 @@ def velocitune_defaults(study: Study, seed: int) -> RunSettings:
             "smoothing": 0.2,
             "smoothing_to": "prior",
             "step_size": 0.5,
+            **changes,
         },
         other_tokens=study.trunk_evaluations,
-        begin=begin,
+        every=every,
+        begin=-(-round(TRUNK_SHARE * study.scale.steps) // every) * every,
     )
-
-
-def _begin(study: Study) -> int:
-    every = study.settings(0).every
-    return -(-round(TRUNK_SHARE * study.scale.steps) // every) * every
 
 
 def velocitune_faithful_oracle(study: Study, seed: int) -> RunSettings:
@@ -180,7 +177,7 @@ def average_of(arm: Arm) -> Arm:
     return settings
 
 
-def marginal_gain(metric: str) -> Arm:
+def marginal_gain(metric: str, updates: int = 24) -> Arm:
     """Our own rule for a metric, on training losses: no proxy, one small evaluation at the start.
 
     For the means it holds its first shares, so it runs as the static mixture that it is.
@@ -197,7 +194,7 @@ def marginal_gain(metric: str) -> Arm:
             controller="marginal_gain",
             options=asdict(MarginalGain(metric=wanted)),  # in full: the key follows its defaults
             signal="training",
-            every=max(study.scale.steps // 24, 1),
+            every=max(study.scale.steps // updates, 1),
             heldout_tokens=512,
         )
 
@@ -210,8 +207,8 @@ ARMS: dict[str, Arm] = {
     "Velocitune, faithful": velocitune_faithful,
     "static at faithful's average": average_of(velocitune_faithful),
     "Velocitune, faithful, oracle targets": velocitune_faithful_oracle,
-    "Velocitune, our guards": velocitune_defaults,
-    "static at our guards' average": average_of(velocitune_defaults),
+    "Velocitune, our guards": velocitune_guarded,
+    "static at our guards' average": average_of(velocitune_guarded),
     "dynamic batch loading": dynamic_batch_loading,
     "marginal gain, mean": marginal_gain("mean"),
     "marginal gain, worst": marginal_gain("worst"),

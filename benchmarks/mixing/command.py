@@ -15,7 +15,8 @@ import torch
 
 from benchmarks import report
 from benchmarks.mixing import table
-from benchmarks.mixing.study import FORMS, run
+from benchmarks.mixing.study import FORMS, open_study, run
+from benchmarks.mixing.targets import belief
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str]) -> int:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="velopath-mixing-")))
         torch.set_num_threads(1)  # at these sizes threads mostly wait for each other
         stack.callback(torch.set_num_threads, threads)
+        if options.belief:
+            print(table.beliefs(belief(open_study(form, work))))
+            return 0
         found = run(form, folder=work, minutes=options.minutes)
     document = report.document(
         f"mixing-{form}",
@@ -47,6 +51,10 @@ def main(arguments: Sequence[str]) -> int:
     )
     picture = report.paths(out, document)[0].with_suffix(".png")
     page = f"{table.table(found)}\n\n![Shares over the steps of every arm that moves them]({picture.name})\n"
+    varied = picture.with_name(f"{picture.stem}-sensitivity.png")
+    if found["sensitivity"]:
+        page += f"\n![What interval, step size and normalisation change]({varied.name})\n"
+        table.draw_sensitivity(found, varied)
     written = report.write(out, document, page)
     table.draw(found, picture)
     print(report.markdown(json.loads(json.dumps(document)), page))
@@ -60,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--scale", choices=[name for name in FORMS if name != "smoke"], default="full",
-        help="small: about 30 minutes of a core; full: two hours; gpu: a 7M model",
+        help="small: about 30 minutes of a core; full: four hours; gpu: a 7M model",
     )  # fmt: skip
     parser.add_argument("--small", action="store_true", help="the same as --scale small")
     parser.add_argument(
@@ -72,5 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/benchmarks/mixing"), help="data, base models, finished runs"
     )
+    parser.add_argument(
+        "--belief", action="store_true",
+        help="only the runs on which the law for short reaches set its belief about beta, and a table of beliefs",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of the dated result (default benchmarks/results)")
     return parser

@@ -10,13 +10,15 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.mixing.arms import ARMS, Study
+from benchmarks.mixing.arms import ARMS, Arm, Study
 from benchmarks.mixing.corpus import made_up_data, study_data
 from benchmarks.mixing.headroom import METRICS, Surface, random_mixtures
-from benchmarks.mixing.targets import LAWS, target_errors
+from benchmarks.mixing.sensitivity import SENSITIVITY
+from benchmarks.mixing.targets import LAWS, decayed_errors, target_errors
 from benchmarks.mixing.trainer import Bench, Results, Scale
 
 SEARCH_SEED = 0
@@ -38,6 +40,8 @@ class Form:
     metrics: tuple[str, ...] = METRICS
     laws: tuple[str, ...] = LAWS
     target_seeds: tuple[int, ...] = (SEARCH_SEED,)
+    sensitivity: tuple[int, ...] = ()
+    """Seeds of the study of sensitivity."""
 
 
 _SMALL_ARMS = (
@@ -57,14 +61,16 @@ FORMS = {
         ("worst",),
         ("auto",),
         (),
+        sensitivity=(1,),
     ),
     "small": Form("small", (1, 2), 12, Scale(steps=400), _SMALL_ARMS),
-    "full": Form("full", (1, 2, 3), 20, Scale()),
+    "full": Form("full", (1, 2, 3, 4, 5), 20, Scale(), sensitivity=(1, 2, 3)),
     "gpu": Form(
         "gpu",
         (1, 2, 3, 4, 5),
         32,
         Scale(preset="small", device="cuda", rows=64, steps=1500, base_steps=1000, warmup=60, peak=1e-3),
+        sensitivity=(1, 2, 3),
     ),
 }
 """smoke: that the code runs. small: half an hour on two cores. full: hours, resumable. gpu: the same, 7M parameters."""
@@ -74,15 +80,19 @@ class OutOfTimeError(Exception):
     """The time is up; what is finished is kept and reported."""
 
 
+def open_study(form: str, folder: Path) -> Study:
+    """The study's data, base models and finished runs in `folder`."""
+    data = made_up_data(folder / "data") if form == "smoke" else study_data(folder / "data")
+    return Study(Bench(data, folder), Results(folder / "runs.jsonl"), FORMS[form].scale)
+
+
 def run(form: str, *, folder: Path, minutes: float | None = None) -> dict[str, Any]:
     """Run (or go on with) the study; returns all that is finished: headroom, arms, target errors.
 
     `folder` keeps data, base models and finished runs; no run is begun after `minutes` (0: report what there is).
     """
     chosen = FORMS[form]
-    data = made_up_data(folder / "data") if form == "smoke" else study_data(folder / "data")
-    results = Results(folder / "runs.jsonl")
-    study = Study(Bench(data, folder), results, chosen.scale)
+    study = open_study(form, folder)
     start = time.perf_counter()
 
     def check() -> None:
@@ -99,6 +109,7 @@ def run(form: str, *, folder: Path, minutes: float | None = None) -> dict[str, A
         "headroom": None,
         "arms": {},
         "targets": {},
+        "sensitivity": {},
     }
     complete = True
     for step in _steps(study, chosen, found):
@@ -127,12 +138,27 @@ def _steps(study: Study, form: Form, found: dict[str, Any]) -> Iterator[Callable
                 study.settings(seed, found["headroom"][m]["best"]),
                 seed,
             )
+    for seed in form.seeds if form.name != "small" else ():
+        for name in ("natural", "uniform"):
+            yield lambda seed=seed, name=name: found["targets"].update(decayed_errors(study, seed, name))  # type: ignore[misc]
     for seed in (*form.target_seeds, *form.seeds):
         tokens = TARGET_SAMPLE * study.scale.heldout_tokens if seed == SEARCH_SEED else None
         for name in ("natural", "uniform"):
             yield lambda seed=seed, name=name, tokens=tokens: found["targets"].update(  # type: ignore[misc]
                 target_errors(study, seed, name, tokens, form.laws)
             )
+
+    for seed in form.sensitivity:
+        for what, values in islice(SENSITIVITY.items(), 1 if form.name == "smoke" else None):
+            for value, arm in islice(values.items(), 1 if form.name == "smoke" else None):
+                yield lambda what=what, value=value, arm=arm, seed=seed: _vary(  # type: ignore[misc]
+                    study, found["sensitivity"].setdefault(what, {}).setdefault(str(value), {}), arm, seed
+                )
+
+
+def _vary(study: Study, found: dict[str, Any], arm: Arm, seed: int) -> None:
+    result = study.run(arm(study, seed))
+    found[str(seed)] = study.metrics.all(result["test"]) | {"steps": result["steps"]}
 
 
 def _search(study: Study, form: Form, found: dict[str, Any]) -> None:

@@ -105,6 +105,8 @@ def table(found: Mapping[str, Any]) -> str:
         parts += ["## Arms by domain: loss (share read)", _domains(found, names)]
     if found["targets"]:
         parts += ["## Target error: predicted minus true, nats", _targets(found, names)]
+    if found["sensitivity"]:
+        parts += ["## Sensitivity: paired difference to static uniform", _sensitivity(found)]
     return "\n\n".join(parts)
 
 
@@ -175,6 +177,61 @@ def _targets(found: Mapping[str, Any], names: Sequence[str]) -> str:
         cost = f"{row['cost']['own trunk']:.0%} | {row['cost']['main path']:.0%}"
         rows.append(f"| {name} | {row['mean_absolute']:.3f} | {cells} | {cost} |")
     return "\n".join(rows)
+
+
+def _sensitivity(found: Mapping[str, Any]) -> str:
+    """Per variation: means over the seeds, paired with static uniform."""
+    rows = [
+        "| varied | value | seeds | steps | mean - uniform | worst - uniform |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for what, values in found["sensitivity"].items():
+        for value, runs in values.items():
+            cells = [_difference(over_uniform(found, runs, m)) for m in ("mean", "worst")]
+            steps = _mean([run["steps"] for run in runs.values()])
+            rows.append(f"| {what} | {value} | {len(runs)} | {steps:.0f} | {cells[0]} | {cells[1]} |")
+    return "\n".join(rows)
+
+
+def over_uniform(found: Mapping[str, Any], runs: Mapping[str, Any], m: str) -> dict[str, Any] | None:
+    """Paired difference of a metric to static uniform."""
+    uniform = {int(seed): run[m] for seed, run in found["arms"].get(UNIFORM, {}).items()}
+    return paired({int(seed): run[m] for seed, run in runs.items()}, uniform)
+
+
+def beliefs(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of `targets.belief`."""
+    lines = ["| beta | k | mean absolute target error, nats | |", "|--:|--:|--:|---|"]
+    for row in rows:
+        used = "in use" if row["used"] else ""
+        lines.append(f"| {row['beta']:g} | {row['k']:g} | {row['mean_absolute']:.4f} | {used} |")
+    return "\n".join(lines)
+
+
+def draw_sensitivity(found: Mapping[str, Any], path: Path) -> None:
+    """Mean and worst over static uniform by value, a panel for each variation; bars are 95 % intervals."""
+    variations = found["sensitivity"]
+    columns = 2
+    figure = Figure(figsize=(10, 2.9 * max(1, -(-len(variations) // columns))), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (what, values) in enumerate(variations.items()):
+        axes = figure.add_subplot(-(-len(variations) // columns), columns, number + 1)
+        for shift, m in ((-0.06, "mean"), (0.06, "worst")):
+            rows = [over_uniform(found, runs, m) for runs in values.values()]
+            places = [k + shift for k in range(len(rows))]
+            middles = [row["mean"] if row else float("nan") for row in rows]
+            halves = [
+                0.0 if row is None or row["high"] is None else row["high"] - row["mean"] for row in rows
+            ]
+            axes.errorbar(places, middles, yerr=halves, marker="o", capsize=3, linewidth=1.4, label=m)
+        axes.axhline(0, color="#888888", linewidth=0.8)
+        axes.set_xticks(range(len(values)), list(values))
+        axes.set_title(what, fontsize=9, loc="left")
+        axes.set_ylabel("nats over static uniform", fontsize=8)
+        axes.tick_params(labelsize=8)
+        if number == 0:
+            axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ counts a third of a training token (forward and backward cost three times a forw
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -22,6 +23,7 @@ from velopath.dist import Dist
 from velopath.evaluate import HeldOut, evaluate
 from velopath.model import Decoder, preset
 from velopath.optim import build_optimizer
+from velopath.proxy_points import decay_steps
 from velopath.schedule import LrPath
 from velopath.session import Session
 from velopath.stream import open_sampler
@@ -71,7 +73,8 @@ class RunSettings:
     update interval in steps, `signal` what drives the controller ("heldout" or "training"), `heldout_tokens` per
     domain and evaluation. `other_tokens` were spent before (a proxy), in training tokens. The rule
     starts at step `begin`, until then the first shares hold. `constant` keeps the rate, `stop` ends the run early.
-    `watch` evaluates the control set after these steps for the record, at no cost: no rule sees it.
+    `watch` evaluates the control set after these steps for the record, at no cost: no rule sees it. With `decays` a
+    copy of the model is decayed over that share of the steps from each of them on, and evaluated at its end, too.
     """
 
     seed: int
@@ -88,6 +91,7 @@ class RunSettings:
     watch: tuple[int, ...] = ()
     watch_tokens: int = 8192
     stop: int | None = None
+    decays: float = 0.0
     version: int = VERSION
 
     @property
@@ -144,6 +148,7 @@ class Bench:
         controller = controllers.build(settings.controller, **settings.options)
         records: list[dict[str, Any]] = []
         watched: dict[int, dict[str, float]] = {}
+        decayed: dict[int, dict[str, float]] = {}
         with open_sampler(
             self.data.train, rows=scale.rows, row_tokens=ROW_TOKENS, seed=settings.seed,
             weights=settings.weights, threads=0, cache=self.folder / "cache",
@@ -151,7 +156,8 @@ class Bench:
             session = Session(
                 sampler, path, every=settings.every, record=records.append, end=steps,
             )  # fmt: skip
-            for _ in self._train(decoder, session, scale, steps):
+            optimizer = build_optimizer(decoder)
+            for _ in self._train(decoder, session, scale, steps, optimizer):
                 if session.step == settings.begin and settings.controller not in WITHOUT_LOSSES:
                     session.training_loss()
                     session.controller = controller
@@ -164,6 +170,9 @@ class Bench:
                     watched[session.step] = dict(
                         self._loss(decoder, self.control, settings.watch_tokens, scale)
                     )
+                    if settings.decays and session.step < steps:
+                        end, losses = self._decayed(decoder, optimizer, session, settings)
+                        decayed[end] = losses
             exposure = sampler.exposure()
         if steps in settings.watch:
             watched[steps] = dict(self._loss(decoder, self.control, settings.watch_tokens, scale))
@@ -179,14 +188,43 @@ class Bench:
             "epochs": {name: exposure[name]["epochs"] for name in names},
             "weights": [{"step": r["step"], "weights": r["weights"]} for r in records if "weights" in r],
             "watched": watched,
+            "decayed": decayed,
             "seconds": time.perf_counter() - start,
         }
 
-    def _train(self, decoder: Decoder, session: Session, scale: Scale, steps: int) -> Iterator[None]:
+    def _decayed(
+        self, decoder: Decoder, optimizer: torch.optim.Optimizer, session: Session, settings: RunSettings
+    ) -> tuple[int, dict[str, float]]:
+        """A copy that decays from here over `decays` of the steps done: its last step and control losses there."""
+        scale = settings.scale
+        length = decay_steps(session.step, settings.decays)
+        end = session.step + length
+        other = Decoder(preset(scale.preset, vocab_size=VOCABULARY), seed=0, device=scale.device)
+        other.load_state_dict(decoder.state_dict())
+        moments = build_optimizer(other)
+        moments.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        with open_sampler(
+            self.data.train, rows=scale.rows, row_tokens=ROW_TOKENS, seed=settings.seed,
+            weights=settings.weights, threads=0, cache=self.folder / "cache",
+        ) as sampler:  # fmt: skip
+            sampler.load_state_dict(session.sampler.state_dict())
+            branch = Session(sampler, session.path.branch(at_step=session.step, steps=length))
+            for _ in self._train(other, branch, scale, end, moments):
+                pass
+        return end, dict(self._loss(other, self.control, settings.watch_tokens, scale))
+
+    def _train(
+        self,
+        decoder: Decoder,
+        session: Session,
+        scale: Scale,
+        steps: int,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Iterator[None]:
         """Steps of a session; yields before each of them, when the model is up to date."""
         dist = Dist(device=torch.device(scale.device))
         step = TrainStep(
-            decoder, build_optimizer(decoder), n_domains=len(self.data.names), dist=dist,
+            decoder, optimizer or build_optimizer(decoder), n_domains=len(self.data.names), dist=dist,
             bf16=scale.device != "cpu", compile=False,
         )  # fmt: skip
         decoder.train()

@@ -71,14 +71,18 @@ def solve(points: tuple[Floats, Floats], law: str, delta: float) -> tuple[float,
     return value, math.exp(b + beta * centre), beta, best[0] * delta**2
 
 
-def drawn_to_belief(y: Floats, counts: Floats, belief: Floats) -> tuple[Floats, Floats, float]:
-    """(level, beta), each (R,), and the mean of ln D, of the law "prior" for y = ln L (R, n) and beliefs b (R,)."""
+def drawn_to_belief(
+    y: Floats, counts: Floats, belief: Floats, k: float = (PRIOR_MISFIT / PRIOR_SPREAD) ** 2
+) -> tuple[Floats, Floats, float]:
+    """(level, beta), each (R,), and the mean of ln D, of the law "prior" for y = ln L (R, n) and beliefs b (R,).
+
+    beta = (slope Sxx + b k) / (Sxx + k), as in `velopath.law.fit_target`.
+    """
     w = counts / counts.mean()
     x = np.log(counts)
     middle = float((w * x).sum() / w.sum())
     spread = w * (x - middle)
     sxx, level = float((spread * (x - middle)).sum()), (y * w).sum(1) / w.sum()
-    k = (PRIOR_MISFIT / PRIOR_SPREAD) ** 2
     beta = (-(y * spread).sum(1) + belief * k) / (sxx + k)
     return level, np.clip(beta, *BETA_BOUNDS), middle
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from velopath.config_proxy import ProxyConfig
 from velopath.errors import ConfigError
-from velopath.plan import branch_steps
 
 
 def proxy_points(proxy: ProxyConfig, warmup_steps: int) -> list[int]:
@@ -29,7 +30,13 @@ def proxy_decays(proxy: ProxyConfig, warmup_steps: int) -> list[tuple[int, int]]
     """(first, last) step of the short decays, one from each point; none where points are read undecayed."""
     if proxy.decay is None:
         return []
-    return [(point, point + branch_steps(point, proxy.decay)) for point in proxy_points(proxy, warmup_steps)]
+    points = proxy_points(proxy, warmup_steps)
+    return [(point, point + decay_steps(point, proxy.decay)) for point in points]
+
+
+def decay_steps(point: int, share: float) -> int:
+    """Steps of a short decay over a share of the `point` steps done: half up, at least 1."""
+    return max(1, math.floor(share * point + 0.5))
 
 
 def training_steps(proxy: ProxyConfig, warmup_steps: int) -> int:

@@ -220,8 +220,8 @@ class Velocitune:
             if after.shares[k] != update.scaled[k]:
                 bounds = [g for g in guards[name] if g in ("smoothing", "floor", "cap")]
                 worked[name] += f", then {', '.join(bounds) or 'bounds of others'}: {after.shares[k]:.4f}"
-        under = {"gap": " / (l_init - l_target), in 0 ... 1", "target": " / l_target, in 0 ... 1"}
-        formula = f"V = (l - l_target){under.get(self.normalise, ', 0 or more')}; w <- w exp(eta V) / sum(w exp(eta V))"
+        by = {"gap": " / (l_init - l_target), in 0 ... 1", "target": " / l_target, in 0 ... 1"}
+        formula = f"V = (l - l_target){by.get(self.normalise, ', 0 or more')}; w <- w exp(eta V) / sum(w exp(eta V))"
         return Explanation(formula, terms, worked, guards)
 
     def _update(self, state: VelocityState, losses: Mapping[str, float]) -> _Update:
