@@ -22,7 +22,10 @@ from benchmarks.mixing.headroom import (  # noqa: E402
     given_weights,
     random_mixtures,
 )
+from benchmarks.mixing.rules import PredictedCurve  # noqa: E402
 from benchmarks.mixing.trainer import Results, RunSettings, Scale  # noqa: E402
+
+from velopath.domains import Progress  # noqa: E402
 
 NATURAL = {"a": 0.6, "b": 0.3, "c": 0.1}
 
@@ -89,6 +92,16 @@ def test_a_result_is_found_again_by_its_settings(tmp_path: Path) -> None:
         replace(settings, watch=()),
     ):
         assert other not in results
+
+
+def test_predicted_curve_by_hand() -> None:
+    """L = 2 + 10 / D^0.5: 3 at 100 tokens, 2.1 at 10,000; V = 1 on the curve, (3.9 - 2.1) / 0.9 = 2 for the other."""
+    rule = PredictedCurve({"a": (2.0, 10.0, 0.5), "b": (2.0, 10.0, 0.5)}, 10_000.0, leak=0.0, cap=1.0)
+    state = rule.start({"a": 5.0, "b": 5.0}, {"a": 0.5, "b": 0.5})
+    progress = Progress(5, tokens={"a": 60, "b": 40})
+    state, weights = rule.observe(state, {"a": 3.0, "b": 3.9}, progress)
+    assert weights["b"] / weights["a"] == pytest.approx(np.exp(0.5))
+    assert rule.state_from_json(json.loads(json.dumps(state.to_json()))) == state
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+import benchmarks.mixing.rules  # noqa: F401 - registers them
 from benchmarks.mixing.headroom import Metrics, given_weights
 from benchmarks.mixing.trainer import FORWARD_COST, Bench, Results, RunSettings, Scale
 from velopath.gain import MarginalGain
@@ -30,6 +32,7 @@ class Study:
 
     def __init__(self, bench: Bench, results: Results, scale: Scale) -> None:
         self.bench, self.results, self.scale = bench, results, scale
+        self.begun = 0
         self.before_run: Callable[[], None] = lambda: None
         """Called before a run that is not finished yet; what it raises ends the study."""
         self.natural = dict(bench.data.natural)
@@ -41,6 +44,9 @@ class Study:
         """The result of a run: the one kept, or a new one's."""
         if settings not in self.results:
             self.before_run()
+            self.begun += 1
+            what = f"{settings.controller}, seed {settings.seed}, {settings.train_steps(len(self.natural))} steps"
+            print(f"mixing: run {self.begun} of this call: {what} ...", file=sys.stderr, flush=True)
         return self.results.of(self.bench, settings)
 
     def settings(self, seed: int, weights: Mapping[str, float] | None = None, **changes: Any) -> RunSettings:
@@ -81,9 +87,13 @@ class Study:
             for name in self.natural
         }
 
+    def fitted(self, result: Mapping[str, Any]) -> Targets:
+        """The laws of a trunk's `curves`, read at the budget."""
+        return Targets.fit(self.curves(result), self.scale.budget, above_last="last")
+
     def targets(self, result: Mapping[str, Any]) -> dict[str, float]:
-        """Targets of Velocitune by domain: the law of a trunk's `curves`, read at the budget."""
-        return Targets.fit(self.curves(result), self.scale.budget, above_last="last").losses
+        """Targets of Velocitune by domain."""
+        return self.fitted(result).losses
 
     def oracle(self, result: Mapping[str, Any]) -> dict[str, float]:
         """The losses that a `truth` really ended with, undecayed."""
@@ -137,6 +147,17 @@ def velocitune_guarded(study: Study, seed: int, updates: int = UPDATES, **change
         other_tokens=study.trunk_evaluations,
         every=every,
         begin=-(-round(TRUNK_SHARE * study.scale.steps) // every) * every,
+    )
+
+
+def predicted_curve(study: Study, seed: int) -> RunSettings:
+    """Velocity against the law's predicted curve, on top of the guarded arm's start, shares and points."""
+    guarded = velocitune_guarded(study, seed)
+    fitted = study.fitted(study.truth(seed, study.uniform, shares=POINTS))
+    laws = {name: domain.law for name, domain in fitted.domains.items()}
+    curves = {name: (law.E, law.B, law.beta) for name, law in laws.items() if law is not None}
+    return replace(
+        guarded, controller="predicted_curve", options={"curves": curves, "end": float(study.scale.budget)}
     )
 
 
@@ -214,6 +235,7 @@ ARMS: dict[str, Arm] = {
     "marginal gain, worst": marginal_gain("worst"),
     "marginal gain, natural": marginal_gain("natural"),
     "marginal gain, given": marginal_gain("given"),
+    "velocity against the law's curve": predicted_curve,
     "ADO": ado,
     "ODM": odm,
 }
