@@ -8,7 +8,6 @@ N rows (tokens), V vocabulary, D model width, K domains.
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from typing import TYPE_CHECKING, Literal, Required, TypedDict, Unpack, overload
 
 import torch
@@ -161,7 +160,7 @@ def domain_cross_entropy(
                 "pass logits.contiguous() or inplace=False"
             )
         logits_NV = logits_NV.contiguous()
-    flat = astuple(settings)
+    flat = tuple(settings)
     if needs_gradient:
         results = autograd.differentiable_cross_entropy(
             logits_NV, targets_N, domains_N, domain_weights, inplace, *flat
@@ -268,7 +267,7 @@ def linear_domain_cross_entropy(
             weight_VD = autograd.into_main_grad(weight_VD, main_grad)
         logits_NV = hidden_ND @ weight_VD.to(hidden_ND.dtype).t()
         return _reference(logits_NV, targets_N, domains_N, domain_weights, settings)
-    budget, flat = chunk_bytes or 0, astuple(settings)
+    budget, flat = chunk_bytes or 0, tuple(settings)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
         results = autograd.differentiable_linear_cross_entropy(
             hidden_ND, weight_VD, targets_N, domains_N, domain_weights, main_grad, budget, *flat

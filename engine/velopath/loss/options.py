@@ -11,7 +11,7 @@ The loss is the sum of w_n L_n over counted rows, w_n the weight of the row's do
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -31,8 +31,7 @@ class RowOptions:
 PLAIN = RowOptions()
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """The options of a call in the order in which operators take them: plain numbers and words, no tensor.
 
     `group` names the process group that the vocabulary is sharded over, "" none; `tokens` and `accuracy` say
