@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test bench peers interop moto sanitize lint clean help
+.PHONY: install demo test bench peers interop moto oldest sanitize lint clean help
 help:  ## show these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -46,6 +46,13 @@ interop: $(STAMP)  ## check both directions against mosaicml-streaming, in .venv
 
 moto: $(STAMP)  ## check remote data against moto's S3 server, in .venv-moto (320 MB)
 	PYTHONPATH=tests $(BIN)/python -m interop.moto_check --venv .venv-moto --results tests/interop/results
+
+oldest: $(STAMP)  ## run the tests on the oldest torch and Triton allowed, in .venv-oldest (5 GB)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q torch==2.11.0 triton==3.6.0 'numpy<2.4' \
+		numba scipy zstandard xxhash pydantic omegaconf PyYAML typer rich tokenizers safetensors matplotlib plotly \
+		hypothesis pytest transformers accelerate pyarrow datasketch py3langid obstore
+	CUDA_VISIBLE_DEVICES= PYTHONPATH=engine .venv-oldest/bin/python -m pytest -p no:cacheprovider
 
 sanitize:  ## run the C++ core under ASan, UBSan and TSan; longer: make sanitize MINUTES=30
 	$(PYTHON) tests/fuzz/sanitize.py --minutes $(or $(MINUTES),0)

@@ -45,6 +45,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    versions["torch"] = str(torch.__version__)  # with its build: which CUDA a figure was measured on
     hardware = {
         "device": str(device),
         "cpu": _cpu_name(),
