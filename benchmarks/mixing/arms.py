@@ -17,7 +17,9 @@ TRUNK_SHARE = 0.15
 """How far a proxy trunk reaches, as a share of a run's steps."""
 POINTS = (0.06, 0.07, 0.08, 0.09, 0.1, 0.1134, 0.1267, 0.15)
 """Where a trunk is evaluated: 8 points, the first one after the warm-up."""
-TARGET_POINTS = (0.05, *POINTS)
+START_SHARE = 0.05
+"""Where the warm-up ends: training losses of the first point are those since then."""
+TARGET_POINTS = (START_SHARE, *POINTS)
 """The study of targets adds the end of the warm-up."""
 LATER = (0.175, 0.2, 0.25, 0.3167, 0.4, 0.5, 0.6333, 0.8, 1.0)
 """Where a run that serves as truth is evaluated further."""
@@ -87,6 +89,18 @@ class Study:
             for name in self.natural
         }
 
+    def free_curves(self, result: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+        """(tokens, nats) by domain of the training losses between the steps watched, in the middle of each stretch.
+
+        A domain that no batch of a stretch held has no point there.
+        """
+        points = sorted((int(step), losses) for step, losses in result["trained"].items())
+        curves: dict[str, list[tuple[float, float]]] = {name: [] for name in self.natural}
+        for (before, _), (step, losses) in zip(points, points[1:], strict=False):
+            for name, loss in losses.items():
+                curves[name].append(((before + step) / 2 * self.scale.step_tokens, loss))
+        return curves
+
     def fitted(self, result: Mapping[str, Any]) -> Targets:
         """The laws of a trunk's `curves`, read at the budget."""
         return Targets.fit(self.curves(result), self.scale.budget, above_last="last")
@@ -147,6 +161,21 @@ def velocitune_guarded(study: Study, seed: int, updates: int = UPDATES, **change
         other_tokens=study.trunk_evaluations,
         every=every,
         begin=-(-round(TRUNK_SHARE * study.scale.steps) // every) * every,
+    )
+
+
+def velocitune_free(study: Study, seed: int, updates: int = UPDATES, **changes: Any) -> RunSettings:
+    """The guarded arm on training losses alone: they give the points of the laws and drive the rule, so that all it
+    costs is one small evaluation of the starting model."""
+    guarded = velocitune_guarded(study, seed, updates)
+    start = study.truth(seed, study.uniform, shares=(START_SHARE, *POINTS))
+    targets = Targets.fit(study.free_curves(start), study.scale.budget, above_last="last").losses
+    return replace(
+        guarded,
+        options={**guarded.options, "targets": targets, "missing": "last", **changes},
+        signal="training",
+        heldout_tokens=512,
+        other_tokens=0,
     )
 
 
@@ -229,6 +258,8 @@ ARMS: dict[str, Arm] = {
     "static at faithful's average": average_of(velocitune_faithful),
     "Velocitune, faithful, oracle targets": velocitune_faithful_oracle,
     "Velocitune, our guards": velocitune_guarded,
+    "Velocitune, our guards, free signal": velocitune_free,
+    "static at its average": average_of(velocitune_free),
     "static at our guards' average": average_of(velocitune_guarded),
     "dynamic batch loading": dynamic_batch_loading,
     "marginal gain, mean": marginal_gain("mean"),

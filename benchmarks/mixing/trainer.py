@@ -74,7 +74,8 @@ class RunSettings:
     domain and evaluation. `other_tokens` were spent before (a proxy), in training tokens. The rule
     starts at step `begin`, until then the first shares hold. `constant` keeps the rate, `stop` ends the run early.
     `watch` evaluates the control set after these steps for the record, at no cost: no rule sees it. With `decays` a
-    copy of the model is decayed over that share of the steps from each of them on, and evaluated at its end, too.
+    copy of the model is decayed over that share of the steps from each of them on, and evaluated at its end, too. A
+    run without controller also notes the training loss since the step watched before: what comes for free.
     """
 
     seed: int
@@ -149,6 +150,7 @@ class Bench:
         records: list[dict[str, Any]] = []
         watched: dict[int, dict[str, float]] = {}
         decayed: dict[int, dict[str, float]] = {}
+        trained: dict[int, dict[str, float]] = {}
         with open_sampler(
             self.data.train, rows=scale.rows, row_tokens=ROW_TOKENS, seed=settings.seed,
             weights=settings.weights, threads=0, cache=self.folder / "cache",
@@ -170,6 +172,8 @@ class Bench:
                     watched[session.step] = dict(
                         self._loss(decoder, self.control, settings.watch_tokens, scale)
                     )
+                    if settings.controller == "static":
+                        trained[session.step] = dict(session.training_loss())
                     if settings.decays and session.step < steps:
                         end, losses = self._decayed(decoder, optimizer, session, settings)
                         decayed[end] = losses
@@ -189,6 +193,7 @@ class Bench:
             "weights": [{"step": r["step"], "weights": r["weights"]} for r in records if "weights" in r],
             "watched": watched,
             "decayed": decayed,
+            "trained": trained,
             "seconds": time.perf_counter() - start,
         }
 
