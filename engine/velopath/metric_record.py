@@ -40,8 +40,8 @@ _COUNTS_BY_DOMAIN = _Form(
 )
 _NAMES = _Form("a list of domain names", lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v))
 _OBJECTS = _Form("a list of objects", lambda v: isinstance(v, list) and all(isinstance(x, dict) for x in v))
-_EXPOSURE = _Form(
-    "an object of numbers by domain and by kind of count",
+_BY_DOMAIN_AND_KIND = _Form(
+    "an object of numbers by domain and by what is told of it",
     lambda v: isinstance(v, dict) and all(map(_BY_DOMAIN.fits, v.values())),
 )
 
@@ -51,7 +51,7 @@ _REQUIRED: dict[str, dict[str, _Form]] = {
     "eval": {"loss": _BY_DOMAIN},
     "version": {"loss": _BY_DOMAIN},
     "control": {"weights": _BY_DOMAIN, "velocity": _BY_DOMAIN_OR_NULL},
-    "exposure": {"domains": _EXPOSURE},
+    "exposure": {"domains": _BY_DOMAIN_AND_KIND},
     "alarm": {"alarms": _OBJECTS},
     "sampler": {"tokens_per_second": _NUMBER},
 }
@@ -63,9 +63,9 @@ _WHERE_THERE: dict[str, dict[str, _Form]] = {
     "eval": {"tokens": _COUNTS_BY_DOMAIN, "stderr": _BY_DOMAIN},
     "version": {"tokens": _COUNTS_BY_DOMAIN, "stderr": _BY_DOMAIN},
     "control": dict.fromkeys(
-        ("initial", "target", "losses", "stderr", "filtered", "proposed", "fitted"), _BY_DOMAIN_OR_NULL
+        ("initial", "target", "losses", "stderr", "proposed", "fitted"), _BY_DOMAIN_OR_NULL
     )
-    | {"flagged": _NAMES, "clipped": _NAMES, "reason": _TEXT},
+    | {"filtered": _BY_DOMAIN_AND_KIND, "flagged": _NAMES, "clipped": _NAMES, "reason": _TEXT},
 }
 
 
