@@ -16,6 +16,7 @@ from typing import Any
 
 from velopath.checkpoint import step_folder
 from velopath.config_proxy import ProxyConfig
+from velopath.configured_plan import branch_path, slice_steps
 from velopath.controllers import needs_targets
 from velopath.domains import DomainLoss, DomainTable, check_weights
 from velopath.errors import ConfigError, DataError
@@ -120,12 +121,10 @@ def train_points(run: Run, segment: str, until: int | None = None, what: str = S
     A domain whose law ends above its last proxy loss keeps that loss as its target, with a warning.
     """
     config = run.config
-    points = proxy_points(config.proxy, config.path.warmup_steps)
+    points = proxy_points(config.proxy, run.main_path().warmup_steps)
     name = first_slice(run)
-    if segment == MAIN and points[-1] > config.data.slices[name].steps:
-        raise ConfigError(
-            f"proxy.steps {points[-1]} reach beyond the first slice of {config.data.slices[name].steps} steps"
-        )
+    if segment == MAIN and points[-1] > (steps := slice_steps(config)[name]):
+        raise ConfigError(f"proxy.steps {points[-1]} reach beyond the first slice of {steps} steps")
     root = run.checkpoints(segment)
     loop, checkpoint = run.loop_at(root)
     state = checkpoint.state if checkpoint is not None else None
@@ -169,7 +168,7 @@ def _fit(
     """The laws of the points, decayed or not; `decayed` are the records after each decay by the steps done there."""
     proxy = run.config.proxy
     tokens = run.tokens_at_slice_end(first_slice(run), per_step)
-    steps = training_steps(proxy, run.config.path.warmup_steps)
+    steps = training_steps(proxy, run.main_path().warmup_steps)
     facts: dict[str, Any] = {
         "shares": shares,
         "proxy_steps": steps,
@@ -220,8 +219,8 @@ def _evaluated(run: Run, segment: str, step: int) -> Record:
 
 def _read_decays(run: Run, segment: str) -> dict[int, Record]:
     """The evaluation after the decay of each point, by the steps done; what is evaluated already is passed over."""
-    path, slice_name, found = run.config.path, first_slice(run), {}
-    for start, end in proxy_decays(run.config.proxy, path.warmup_steps):
+    slice_name, found = first_slice(run), {}
+    for start, end in proxy_decays(run.config.proxy, run.main_path().warmup_steps):
         name = f"{SEGMENT}-{start}"
         if all(r["step"] != end for r in run.folder.metrics("eval", name)):
             loop, checkpoint = run.loop_at(
@@ -234,9 +233,7 @@ def _read_decays(run: Run, segment: str) -> dict[int, Record]:
             state = checkpoint.state
             step = int(state["step"])
             run.begin(name, step, end)
-            decay = run.main_path().branch(
-                at_step=start, steps=end - start, shape=path.shape, floor=path.floor
-            )
+            decay = branch_path(run.config, start, end - start)
             piece = Piece(slice_name, 0, step, end)
             with run.session(piece, segment=name, path=decay, state=state) as session:
                 loop.run(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from velopath.audit import WeightsLog, weights_log
 from velopath.config import load_config
+from velopath.configured_plan import slice_steps
 from velopath.domains import integer_shares
 from velopath.errors import ConfigError, DataError
 from velopath.runfolder import RunFolder
@@ -79,8 +80,8 @@ def stretches(folder: RunFolder, segment: str) -> list[Stretch]:
     """
     config = load_config(folder.path / "config.yaml")
     found, first = [], 0
-    for name, entry in config.data.slices.items():
-        path, last = folder.audit(segment, name), first + entry.steps
+    for name, count in slice_steps(config).items():
+        path, last = folder.audit(segment, name), first + count
         if path.is_file():
             log = weights_log(path)
             recorded = _recorded(folder, segment, name, first, last if segment == "main" else None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from velopath.plan import make_plan
+from velopath.configured_plan import plan_of, slice_steps
 from velopath.rollback import FOLDER, kept_aside
 from velopath.runchange import change
 from velopath.runconfig import recorded_config
@@ -68,10 +68,9 @@ def _reasons(folder: RunFolder, segment: Path) -> dict[int, str]:
         return dict.fromkeys(steps[-1:], "under way")
     last = min(config.train.keep_last, len(steps))
     reasons = dict.fromkeys(steps[len(steps) - last :], "the main path goes on from here")
-    slices = {name: entry.steps for name, entry in config.data.slices.items()}
-    for branch in make_plan(slices, config.path.branch_share).branches:
+    for branch in plan_of(config).branches:
         reasons[branch.start_step] = f"{branch.name} is planned from here"
-    ends = [end for end in accumulate(slices.values()) if end in steps]
+    ends = [end for end in accumulate(slice_steps(config).values()) if end in steps]
     for end in ends[-1:]:
         reasons.setdefault(end, "the last slice border: one can roll back to here")
     for version in lineage.versions:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from velopath import controllers
 from velopath.config import ControlConfig, RunConfig
 from velopath.configured import configured, fitted_losses, with_decay_gain
+from velopath.configured_plan import slice_steps
 from velopath.controllers import Controller
 from velopath.domains import DomainLoss, Progress
 from velopath.errors import ConfigError
@@ -142,8 +143,8 @@ def _seen(record: Record, start: int) -> Seen:
 
 def _slice_at(config: RunConfig, step: int) -> str:
     last = 0
-    for name, entry in config.data.slices.items():
-        last += entry.steps
+    for name, steps in slice_steps(config).items():
+        last += steps
         if step < last:
             return name
     return name
@@ -155,8 +156,8 @@ def _fitted(folder: RunFolder, config: RunConfig, slice: str) -> dict[str, float
     if value is None:
         return {}
     steps = 0
-    for name, entry in config.data.slices.items():
-        steps += entry.steps
+    for name, count in slice_steps(config).items():
+        steps += count
         if name == slice:
             break
     rows = (folder.read_json("run.json") or {}).get("global_rows", config.train.rows)

@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from velopath.config import validate_config
+from velopath.configured_plan import slice_steps
 from velopath.durable import write_durably
 from velopath.errors import ConfigError
 from velopath.runchange import change
@@ -48,10 +49,10 @@ def roll_back(folder: RunFolder, step: int) -> dict[str, Any]:
     write_durably(folder.path / aside / "metrics.jsonl", text.encode())
     tree = config.model_dump(mode="json")
     first, unread = 0, {}
-    for name, entry in config.data.slices.items():
+    for name, steps in slice_steps(config).items():
         if 0 < step <= first:
             unread[name] = tree["data"]["slices"].pop(name)
-        first += entry.steps
+        first += steps
     event = {"event": "rollback", "number": number, "step": step, "from": last, "slices": unread}
     change(
         folder,

@@ -22,6 +22,7 @@ from velopath.alarm_watch import AlarmWatch
 from velopath.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from velopath.config import RunConfig
 from velopath.config_change import check_unchanged, split_rows
+from velopath.configured_plan import main_path, plan_of, slice_steps
 from velopath.controllers import Controller
 from velopath.dist import Dist, init_from_env
 from velopath.environment import describe_environment
@@ -31,7 +32,7 @@ from velopath.loop import Loop, StopRequest
 from velopath.machine import make_step, restart, starting_model
 from velopath.model import Decoder
 from velopath.phases import Phases
-from velopath.plan import Plan, make_plan
+from velopath.plan import Plan
 from velopath.profiling import Profile
 from velopath.runchange import complete
 from velopath.runconfig import recorded_config, slice_folders, slice_table
@@ -75,8 +76,7 @@ class Run:
         self.watchers: list[Callable[[dict[str, Any]], None]] = [alarms]
         self.seconds_before = 0.0
         """Work done for this run before it was opened, for run.json (the demo's corpus and base model)."""
-        slices = {name: entry.steps for name, entry in config.data.slices.items()}
-        self.plan: Plan = make_plan(slices, config.path.branch_share)
+        self.plan: Plan = plan_of(config)
         self._stack = ExitStack()
         self._clock = time.perf_counter()
         self._heldout: dict[tuple[str, ...], HeldOut] = {}
@@ -206,8 +206,7 @@ class Run:
 
     def main_path(self) -> LrPath:
         """The learning-rate path of the main path."""
-        settings = self.config.path
-        return LrPath.main(settings.peak, settings.warmup_steps, settings.changes)
+        return main_path(self.config)
 
     def pieces(self, start: int, end: int) -> list[Piece]:
         """Updates `start` to `end` cut at the borders of the slices."""
@@ -333,7 +332,7 @@ class Run:
                 reduce=self.dist.all_reduce_sum,
                 record=lambda record: self.log({**record, "slice": piece.slice}),
                 segment=segment,
-                end=piece.first + entry.steps,
+                end=piece.first + slice_steps(self.config)[piece.slice],
                 shadow=self.config.control.shadow,
             )
             if known is not None:
@@ -358,13 +357,6 @@ class Run:
             )
         for bad in sampler.quarantined:
             self.note(segment, f"left out {bad.domain}/{bad.shard}: {bad.reason}")
-
-    def branch_path(self, at_step: int, steps: int, shape: str | None = None) -> LrPath:
-        """The path of a branch that leaves the main path at `at_step`; `shape` None: the config's."""
-        settings = self.config.path
-        return self.main_path().branch(
-            at_step=at_step, steps=steps, shape=shape or settings.shape, floor=settings.floor
-        )
 
     @property
     def data_root(self) -> str:

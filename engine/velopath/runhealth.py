@@ -9,6 +9,7 @@ from typing import Any, Literal
 from velopath import health
 from velopath.config import RunConfig
 from velopath.config_watch import HealthConfig
+from velopath.configured_plan import slice_steps
 from velopath.errors import ConfigError, DataError
 from velopath.forecast import Curve, Cut, Forecast, fit_forecast
 from velopath.health import Finding, Limits
@@ -72,7 +73,7 @@ def run_forecast(folder: RunFolder) -> Forecast:
     evals = folder.metrics("eval", MAIN)
     if not evals:
         raise ConfigError("the main path was not evaluated yet: nothing to forecast from")
-    last = evals[-1]
+    last, lengths = evals[-1], slice_steps(config)
     cuts = [
         Cut(
             version.name,
@@ -91,7 +92,7 @@ def run_forecast(folder: RunFolder) -> Forecast:
     ]
     return fit_forecast(
         last["step"],
-        config.data.slices[last["slice"]].steps if last["slice"] in config.data.slices else last["step"],
+        lengths[last["slice"]] if last["slice"] in lengths else last["step"],
         _curves(evals, last["slice"], last["step"]),
         cuts,
         last["loss"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from velopath.checkpoint import load_checkpoint, step_folder
+from velopath.configured_plan import branch_path
 from velopath.control import check_controllers, controller_for
 from velopath.domains import DomainLoss
 from velopath.environment import describe_environment
@@ -42,7 +43,7 @@ def train_main(run: Run, until: int | None = None) -> int:
     check_controllers(run, goal, known=slice_folders(run.config, first_slice(run)) if waits else ())
     for branch in run.plan.branches:
         _check_has_parent(branch.name, branch.start_step)  # a version that could not be cut is refused now
-        run.branch_path(branch.start_step, branch.steps)
+        branch_path(run.config, branch.start_step, branch.steps)
     root = run.checkpoints(MAIN)
     if waits:
         _note_base(run)
@@ -101,7 +102,7 @@ def cut_version(
             f"no main checkpoint at step {piece.start} to branch {name!r} from; kept are {kept}: choose one with --at, "
             "or train the main path to that step"
         )
-    path = run.branch_path(piece.start, piece.end - piece.start, shape)
+    path = branch_path(run.config, piece.start, piece.end - piece.start, shape)
     parent = load_checkpoint(start)
     loop, checkpoint = run.loop_at(run.checkpoints(name), start)
     assert checkpoint is not None

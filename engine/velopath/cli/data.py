@@ -40,6 +40,7 @@ def add(
 
     Example: velopath data add runs/2026 2026q3 data/2026q3 --steps 10000 --replay 0.2
     """
+    from velopath.configured_plan import slice_steps
     from velopath.runchange import writing
     from velopath.runconfig import add_slice
 
@@ -53,9 +54,10 @@ def add(
     with writing(run) as folder:
         config = add_slice(folder, name, root, steps=steps, replay=replay, targets=targets)
     entry = config.data.slices[name]
-    first = sum(s.steps for n, s in config.data.slices.items() if n != name)
+    lengths = slice_steps(config)
+    first = sum(count for other, count in lengths.items() if other != name)
     typer.echo(
-        f"{name}: steps {first:,} to {first + entry.steps:,} of the main path, from {redact(entry.root)}"
+        f"{name}: steps {first:,} to {first + lengths[name]:,} of the main path, from {redact(entry.root)}"
     )
     for domain, source in sorted(entry.replay.items()):
         typer.echo(

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from velopath.cli.show import show_plan, table
 from velopath.config import RunConfig
-from velopath.plan import cost_table, make_plan
+from velopath.configured_plan import branch_path, costs_of, main_path, plan_of, slice_steps
+from velopath.plan import Plan
 from velopath.runconfig import slice_folders
-from velopath.schedule import LrPath
 from velopath.stream import open_sampler
 from velopath.stream_data import read_settings, read_table
 
@@ -25,24 +25,23 @@ def show_dry_run(config: RunConfig, folder: Path) -> None:
     out.print(
         f"run folder {folder}{' (exists: train resumes it)' if (folder / 'config.yaml').exists() else ''}"
     )
-    slices = {name: entry.steps for name, entry in config.data.slices.items()}
-    plan = make_plan(slices, config.path.branch_share)
-    show_plan(cost_table(slices, config.path.branch_share), plan)
+    plan = plan_of(config)
+    show_plan(costs_of(config), plan)
     _mixture(config)
-    _rates(config, plan.main_steps, [(b.name, b.start_step, b.steps) for b in plan.branches])
+    _rates(config, plan)
     _estimate(config, plan.steps)
 
 
 def _mixture(config: RunConfig) -> None:
     """Rows per domain of the first steps of each slice at its initial weights, and the epochs of a whole slice."""
     train = config.train
-    for name, entry in config.data.slices.items():
+    for name, steps in slice_steps(config).items():
         with open_sampler(
             slice_folders(config, name),
             rows=train.rows,
             row_tokens=train.row_tokens,
             seed=config.seed,
-            weights=entry.weights,
+            weights=config.data.slices[name].weights,
             exhaustion=config.data.exhaustion,
             **read_settings(config.data),
             on_bad_shard=config.data.on_bad_shard,
@@ -50,19 +49,19 @@ def _mixture(config: RunConfig) -> None:
             domain_key_salt=name,
             **config.row_options,
         ) as sampler:
-            counts = sampler.plan(min(MIXTURE_STEPS, entry.steps))
+            counts = sampler.plan(min(MIXTURE_STEPS, steps))
             given, asked = counts.sum(axis=0), dict(sampler.weights)
-            possible = len(sampler.plan(entry.steps))
-            if possible < entry.steps:
+            possible = len(sampler.plan(steps))
+            if possible < steps:
                 Console().print(
-                    f"{name}: the data ends after {possible:,} of {entry.steps:,} steps at these weights "
+                    f"{name}: the data ends after {possible:,} of {steps:,} steps at these weights "
                     f"(exhaustion {config.data.exhaustion!r}): train would stop there",
                     style="yellow",
                 )
             rows = []
             for k, domain in enumerate(sampler.names):
                 tokens = sampler.table.tokens[k]
-                read = asked[domain] * entry.steps * sampler.global_rows * sampler.row_tokens
+                read = asked[domain] * steps * sampler.global_rows * sampler.row_tokens
                 shares = [f"{asked[domain]:.4f}", f"{given[k] / given.sum():.4f}"]
                 rows.append([domain, f"{tokens:,}", *shares, f"{read / tokens:.2f}"])
         table(
@@ -81,15 +80,15 @@ def _rows_words(config: RunConfig) -> str:
     return words + (", attention inside documents" if config.train.document_mask else "")
 
 
-def _rates(config: RunConfig, main_steps: int, branches: list[tuple[str, int, int]]) -> None:
-    path = config.path
-    main = LrPath.main(path.peak, path.warmup_steps, path.changes)
-    marks = sorted({0, max(path.warmup_steps - 1, 0), main_steps - 1})
+def _rates(config: RunConfig, plan: Plan) -> None:
+    path, main = config.path, main_path(config)
+    marks = sorted({0, max(main.warmup_steps - 1, 0), plan.main_steps - 1})
     rows = [["main", ", ".join(f"{step}: {main.rate(step):.2e}" for step in marks)]]
-    for name, start, steps in branches:
-        branch = main.branch(at_step=start, steps=steps, shape=path.shape, floor=path.floor)
+    for planned in plan.branches:
+        start, steps = planned.start_step, planned.steps
+        branch = branch_path(config, start, steps)
         marks = [start, start + steps // 4, start + steps // 2, start + 3 * steps // 4, start + steps - 1]
-        rows.append([name, ", ".join(f"{step}: {branch.rate(step):.2e}" for step in marks)])
+        rows.append([planned.name, ", ".join(f"{step}: {branch.rate(step):.2e}" for step in marks)])
     table(f"Learning rate at steps (branches: {path.shape} to {path.floor:g})", ["path", "step: rate"], rows)
 
 
