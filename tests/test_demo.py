@@ -86,7 +86,16 @@ def test_the_summary_has_the_fixed_names(summary: dict[str, Any]) -> None:
         assert set(entry) == {"step", "weights"}
         assert set(entry["weights"]) == DOMAINS and sum(entry["weights"].values()) == pytest.approx(1)
     for version in summary["versions"]:
-        assert set(version) == {"name", "parent", "branch_step", "steps", "heldout_loss", "export"}
+        assert set(version) == {
+            "name",
+            "parent",
+            "branch_step",
+            "steps",
+            "branch_share",
+            "shape",
+            "heldout_loss",
+            "export",
+        }
         assert set(version["heldout_loss"]) == DOMAINS
     assert set(summary["cost"]) == {
         "main_steps",

@@ -11,7 +11,7 @@ import pytest
 from commands import velopath
 from small_run import write_config
 from velopath.errors import ConfigError
-from velopath.forecast import POWER, Cut, fit_forecast
+from velopath.forecast import POWER, Cut, expected_gain, fit_forecast
 
 REFERENCE = 1000
 LAW = {"code": (5.0, 0.2, 0.3), "prose": (6.0, 0.3, 0.2)}
@@ -80,6 +80,13 @@ def test_the_interval_holds_the_spread_of_the_gains() -> None:
     assert found.errors["v2"]["code"] == pytest.approx(
         -0.05 - 0.025
     )  # v0 and v1 gained 0.05 and 0 more than v2's law
+
+
+def test_what_a_shorter_branch_may_be_expected_to_gain() -> None:
+    # (100 / 1600)^0.25 = 1/2 and (100 / 100)^0.25 = 1: the mean of 0.2 and 0.3
+    assert expected_gain([(1600, 0.4), (100, 0.3)], 100) == pytest.approx(0.25)
+    assert expected_gain([(100, 0.3)], 1600) == pytest.approx(0.6)
+    assert expected_gain([], 100) == 0.0
 
 
 def test_refusals() -> None:

@@ -59,6 +59,62 @@ def test_unequal_slices() -> None:
     assert len(table) == 3
 
 
+OWN = {"spring": 0.6, "summer": 0.2, "autumn": 0.5}
+
+
+@pytest.mark.parametrize("shares", [OWN, list(OWN.values()), tuple(OWN.values())])
+def test_a_branch_share_per_version(shares: Any) -> None:
+    slices = {"spring": 100, "summer": 301, "autumn": 50}
+    table = cost_table(slices, shares)
+    # r = 60, 60.2 -> 60, 25; switching S_N + r_1 + r_2 = 451 + 60 + 60; PTFS and CPT as for any shares
+    assert table.totals == {"ptfs": 952, "cpt": 451, "switching": 571}
+    assert [(row.branch_share, row.branch, row.switching) for row in table] == [
+        (0.6, 60, 100),
+        (0.2, 60, 361),
+        (0.5, 25, 110),
+    ]
+    assert table.branch_share is None and table.share_words == "branch shares 0.2 to 0.6"
+    assert cost_table(slices, 0.5).share_words == "branch share 0.5"
+    assert compare_costs(slices, shares)["switching"] == 571
+    assert (
+        compare_costs(slices, {**OWN, "autumn": 0.02})["switching"] == 571
+    )  # the last share changes no cost
+    plan = make_plan(slices, shares, shapes=["cosine", "knee", None])
+    assert plan.segments == (
+        Segment("main", "main", "spring", 0, 40),
+        Segment("v1", "branch", "spring", 40, 100, "main", "cosine"),
+        Segment("main", "main", "spring", 40, 100),
+        Segment("main", "main", "summer", 100, 341),
+        Segment("v2", "branch", "summer", 341, 401, "main", "knee"),
+        Segment("main", "main", "summer", 341, 401),
+        Segment("main", "main", "autumn", 401, 426),
+        Segment("v3", "branch", "autumn", 426, 451, "main"),
+    )
+    assert (plan.branch_shares, plan.steps, plan.planned_over_ptfs) == ((0.6, 0.2, 0.5), 571, 571 / 952)
+    value = json.loads(json.dumps(plan.to_json()))
+    assert value["version"] == 2 and Plan.from_json(value) == plan
+    value["segments"][4]["start_step"] = 340
+    with pytest.raises(ConfigError, match="do not follow from its slices and branch shares"):
+        Plan.from_json(value)
+
+
+def test_a_plan_of_version_1_is_read() -> None:
+    """As runs before there were shares of their own have it in plan.json."""
+    segments = [
+        {"name": "main", "kind": "main", "slice": "first", "start_step": 0, "end_step": 280, "parent": None},
+        {
+            "name": "v1",
+            "kind": "branch",
+            "slice": "first",
+            "start_step": 280,
+            "end_step": 700,
+            "parent": "main",
+        },
+    ]
+    old = {"version": 1, "slices": [["first", 700]], "branch_share": 0.6, "segments": segments}
+    assert Plan.from_json(old) == make_plan({"first": 700}, 0.6)
+
+
 @pytest.mark.parametrize(
     ("steps", "share", "rounded"),
     [
@@ -100,14 +156,17 @@ def test_a_branch_as_long_as_its_slice() -> None:
     )
 
 
-@given(steps=st.lists(st.integers(1, 10_000), min_size=1, max_size=8), share=st.floats(0.05, 1))
+@given(
+    slices=st.lists(st.tuples(st.integers(20, 10_000), st.floats(0.05, 1)), min_size=1, max_size=8),
+    one=st.booleans(),
+)
 @settings(max_examples=100, deadline=None)
-def test_plan_and_cost_agree(steps: list[int], share: float) -> None:
-    if any(round(share * n) < 1 for n in steps):
-        steps = [n + 20 for n in steps]
+def test_plan_and_cost_agree(slices: list[tuple[int, float]], one: bool) -> None:
+    steps, shares = [n for n, _ in slices], [share for _, share in slices]
+    share: Any = shares[0] if one else shares
     plan = make_plan(steps, share)
     costs = compare_costs(steps, share)
-    assert plan.steps == costs["switching"]
+    assert plan.steps == costs["switching"] == sum(steps) + sum(b.steps for b in plan.branches[:-1])
     assert costs["ptfs"] == sum((len(steps) - i) * n for i, n in enumerate(steps))
     assert costs["cpt"] <= costs["switching"] <= costs["ptfs"]
     at = 0
@@ -131,7 +190,16 @@ def test_plan_and_cost_agree(steps: list[int], share: float) -> None:
         ([100], 0, r"branch_share is 0; expected a share of the slice in \(0, 1\]"),
         ([100], float("nan"), "branch_share is nan"),
         ([100], "0.6", "branch_share is '0.6'; expected a number"),
-        ([100, 2], 0.1, "branch_share 0.1 of a slice of 2 steps is a branch of 0 steps"),
+        ([100, 2], 0.1, "slice 'slice-2': branch_share 0.1 of a slice of 2 steps is a branch of 0 steps"),
+        (
+            [100, 2],
+            [0.1, 0.2],
+            "slice 'slice-2': branch_share 0.2 of a slice of 2 steps is a branch of 0 steps",
+        ),
+        ([100, 50], [0.6], "1 branch shares for 2 slices; expected one for all, or one each"),
+        ({"a": 9}, {"b": 0.5}, "branch shares are given for b; expected one for each of the slices a"),
+        ({"a": 9}, {}, "branch shares are given for nothing"),
+        ({"a": 9, "b": 9}, {"a": 0.5, "b": None}, "slice 'b': branch_share is None; expected a number"),
     ],
 )
 def test_refusals(steps: Any, share: Any, message: str) -> None:
@@ -146,11 +214,15 @@ def test_version_names_are_checked(names: list[str]) -> None:
         make_plan([5, 5], 0.6, versions=names)
     with pytest.raises(ConfigError, match="1 version names for 2 slices"):
         make_plan([5, 5], 0.6, versions=["a"])
+    with pytest.raises(ConfigError, match="3 shapes for 2 slices"):
+        make_plan([5, 5], 0.6, shapes=["knee"] * 3)
+    with pytest.raises(ConfigError, match="shape is 'round'; expected one of cosine, linear"):
+        make_plan([5, 5], 0.6, shapes=["knee", "round"])
 
 
 def test_malformed_json() -> None:
     value = make_plan([700, 700], 0.6).to_json()
-    with pytest.raises(ConfigError, match="plan has version 3; expected 1"):
+    with pytest.raises(ConfigError, match="plan has version 3; expected 1 or 2"):
         Plan.from_json({**value, "version": 3})
     with pytest.raises(ConfigError, match="malformed plan: 'slices'"):
         Plan.from_json({"version": 1})

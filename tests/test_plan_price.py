@@ -40,6 +40,71 @@ def test_what_if_and_break_even() -> None:
     assert break_even(cost_table([1000], 0.6))["cheaper_than_ptfs_from"] is None
 
 
+def test_shares_of_their_own() -> None:
+    # r = 600, 400, 200, 100: switching 4000 + 600 + 400 + 200; what-if takes one share for all
+    value = plan_json(SLICES, [0.6, 0.4, 0.2, 0.1], Price())
+    assert {m: t["steps"] for m, t in value["totals"].items()} == {
+        "ptfs": 10000,
+        "cpt": 4000,
+        "wsd_s": 4000,
+        "switching": 5200,
+    }
+    assert value["branch_share"] is None and value["break_even"]["cpt_passes"] == 1.3
+    assert value["what_if"] == plan_json(SLICES, 0.6, Price())["what_if"]
+    rows = [r for r in value["rows"] if r["method"] == "switching"]
+    assert [(r["steps"], r["branch_share"], r["branch_steps"]) for r in rows] == [
+        (1000, 0.6, 600),
+        (1600, 0.4, 400),
+        (1400, 0.2, 200),
+        (1200, 0.1, 100),
+    ]
+    assert all(r["branch_share"] is None for r in value["rows"] if r["method"] != "switching")
+
+
+def test_the_command_with_shares_of_their_own(tmp_path: Path) -> None:
+    shares = ("--alpha", 0.6, "--alpha", 0.4, "--alpha", 0.2)
+    files = {kind: tmp_path / f"plan.{kind}" for kind in ("csv", "html", "png")}
+    done = velopath("plan", *shares, *(part for kind, path in files.items() for part in (f"--{kind}", path)))
+    assert done.code == 0, done.err
+    text = " ".join(done.out.split())
+    # three slices of 1000: 3000 + 600 + 400 of 6000
+    assert "branch shares 0.2 to 0.6" in text and "as planned │ 4,000 │ 66.7%" in text
+    with files["csv"].open() as file:
+        rows = [r for r in csv.DictReader(file) if r["method"] == "switching"]
+    assert [(r["branch_share"], r["branch_steps"]) for r in rows] == [
+        ("0.6", "600"),
+        ("0.4", "400"),
+        ("0.2", "200"),
+    ]
+    assert "<td>400 (0.4)</td>" in files["html"].read_text() and files["png"].stat().st_size > 1000
+    value = json.loads(velopath("plan", *shares, "--json").out)
+    assert value["costs"]["branch_share"] is None and value["plan"]["branch_shares"] == [0.6, 0.4, 0.2]
+    assert value["totals"]["switching"]["steps"] == value["costs"]["totals"]["switching"] == 4000
+    assert json.loads(velopath("plan", "-n", 3, *shares, "-t", 10, "-t", 20, "-t", 30, "--json").out)[
+        "costs"
+    ]["totals"] == {"ptfs": 100, "cpt": 60, "switching": 60 + 6 + 8}
+
+
+def test_options_that_contradict_each_other_are_refused(data: Path, tmp_path: Path) -> None:
+    two = ("--alpha", 0.6, "--alpha", 0.4)
+    for arguments in (
+        ("-n", 4, *two),
+        ("-t", 5, "-t", 6, "-t", 7, *two),
+        ("-n", 2, "-t", 5, "-t", 6, "-t", 7),
+    ):
+        done = velopath("plan", *arguments)
+        assert done.code == 2 and "different numbers of versions" in done.err, done.err
+        assert "give --steps and --alpha once, or once per version" in " ".join(done.err.split())
+    config = write_config(tmp_path / "run.yaml", data)
+    for arguments in (two, ("-n", 4), ("-t", 5)):
+        done = velopath("plan", config, *arguments)
+        assert done.code == 2 and "give overrides instead, such as path.branch_share=0.5" in " ".join(
+            done.err.split()
+        )
+    done = velopath("plan", "--alpha", 0.6, "--alpha", 0)
+    assert done.code == 2 and "slice 'slice-2': branch_share is 0" in done.err
+
+
 def test_hours_money_and_overheads() -> None:
     # 1000 steps of 3600 tokens at 1000 tokens/s are 3600 s on 8 GPUs: 8 GPU hours
     price = Price(tokens_per_step=3600, tokens_per_second=1000, gpus=8, gpu_hour=2.5)

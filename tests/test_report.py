@@ -22,6 +22,7 @@ from velopath.report.figure import INK, MOST_POINTS, epochs_text, label, smooth,
 from velopath.report.picture import DOMAINS, write_png
 from velopath.report.record import read_run
 from velopath.runfolder import RunFolder
+from velopath.schedule import LrPath
 from velopath.targets import Targets
 
 HOSTILE = "<script>alert('1')</script> 50% %{x} & co"
@@ -136,6 +137,8 @@ def test_summary_has_the_fixed_keys_and_the_numbers_of_the_files(run: RunFolder)
         "parent": "main@20",
         "branch_step": 20,
         "steps": 30,
+        "branch_share": 0.6,
+        "shape": None,
         "heldout_loss": losses(50, 0.25),
         "export": "exports/v1",
     }
@@ -261,7 +264,10 @@ def test_static_weights_and_uncounted_exposure_say_so(tmp_path: Path) -> None:
 
 def test_the_lineage_names_versions_beyond_the_plan(run: RunFolder) -> None:
     lineage = Lineage().with_main(20, "old").with_main(40, "old").with_main(70, "new")
-    extra = Version("extra", "main@40", 40, 25, "old", heldout_loss={"code": 3.25}, export="elsewhere")
+    path = LrPath.main(0.1).branch(40, 25, "knee")
+    extra = Version(
+        "extra", "main@40", 40, 25, "old", path=path, heldout_loss={"code": 3.25}, export="elsewhere"
+    )
     lineage = lineage.add(Version("v1", "main@20", 20, 30, "old", heldout_loss=losses(50, 0.25))).add(extra)
     for event in lineage.to_json()["events"]:
         run.append_event(event)
@@ -270,8 +276,10 @@ def test_the_lineage_names_versions_beyond_the_plan(run: RunFolder) -> None:
     assert list(versions) == ["v1", "extra", "v2"]
     assert versions["v1"]["export"] == "exports/v1"
     facts = {"parent": "main@40", "branch_step": 40, "steps": 25, "heldout_loss": {"code": 3.25}}
+    facts |= {"branch_share": 0.5, "shape": "knee"}
     assert versions["extra"] == {"name": "extra", **facts, "export": "elsewhere"}
-    assert "extra" in write_report(run.path).read_text(encoding="utf-8")
+    page = write_report(run.path).read_text(encoding="utf-8")
+    assert "extra" in page and "25<small>50.0% of its slice, knee</small>" in page
 
 
 def test_the_log_speaks_three_languages(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ from velopath.urls import is_url, redact
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 1 << 20, 50
 Section = TypeVar("Section", bound=Tree)
+Shape = Literal["cosine", "linear", "sqrt", "knee", "multistep", "exponential"]
 
 
 class SliceConfig(Tree):
@@ -46,6 +47,10 @@ class SliceConfig(Tree):
         default_factory=dict,
         description="further domains read here -> the earlier slice whose data of them is read again",
     )
+    branch_share: Share | None = Field(
+        None, description="alpha_i of the version cut here; null: path.branch_share"
+    )
+    shape: Shape | None = Field(None, description="decay of that version; null: path.shape")
 
 
 class DataConfig(Tree):
@@ -160,8 +165,10 @@ class PathConfig(Tree):
 
     peak: Annotated[float, Field(gt=0)] = Field(3e-4, description="rate of the main path")
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    branch_share: Share = Field(0.6, description="alpha: branch length / T of its slice")
-    shape: Literal["cosine", "linear", "sqrt", "knee", "multistep", "exponential"] = "cosine"
+    branch_share: Share = Field(
+        0.6, description="alpha: branch length / T of its slice, for slices without their own"
+    )
+    shape: Shape = Field("cosine", description="decay of a branch, for slices without their own")
     floor: Annotated[float, Field(ge=0)] = Field(0.0, description="rate at the end of a branch")
     changes: dict[int, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,

@@ -146,6 +146,14 @@ def fit_forecast(
     return Forecast(step, reference, fitted.power, fitted.now, fitted.slopes, fitted.gains, errors)
 
 
+def expected_gain(cuts: Sequence[tuple[int, float]], steps: int) -> float:
+    """What a branch of `steps` may be expected to gain, in nats: the mean over the versions cut so far, given as (r_i,
+    gain), of gain (r / r_i)^p with p = 0.25; 0 without any. Our choice: a shorter branch is not held to a longer one's
+    gain."""
+    gains = [gain * (steps / length) ** POWER for length, gain in cuts]
+    return math.fsum(gains) / len(gains) if gains else 0.0
+
+
 def _fit(
     step: int,
     reference: int,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from velopath.errors import ConfigError
-from velopath.plan import CostRow, CostTable, Steps, cost_table
+from velopath.plan import CostRow, CostTable, Shares, Steps, cost_table
 
 METHODS = ("ptfs", "cpt", "wsd_s", "switching")
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -67,11 +67,16 @@ class Price:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One version under one method: steps of its own and up to it, with overheads as steps, GPU hours and money."""
+    """One version under one method: steps of its own and up to it, with overheads as steps, GPU hours and money.
+
+    `branch_share` and `branch_steps` are those of its branch, which only switching has.
+    """
 
     version: str
     slice: str
     method: str
+    branch_share: float | None
+    branch_steps: int | None
     steps: int
     steps_total: int
     overhead_steps: float
@@ -95,6 +100,8 @@ def method_rows(table: CostTable, price: Price) -> list[MethodRow]:
                     row.version,
                     row.slice,
                     method,
+                    row.branch_share if method == "switching" else None,
+                    row.branch if method == "switching" else None,
                     steps,
                     totals[method],
                     overhead,
@@ -107,8 +114,8 @@ def method_rows(table: CostTable, price: Price) -> list[MethodRow]:
 
 
 def what_if(slices: Steps, alphas: Sequence[float] = ALPHAS) -> list[dict[str, float]]:
-    """Switching's total steps at each branch share, as shares of PTFS and CPT too; shares that round to no branch are
-    left out."""
+    """Switching's total steps if all versions had one branch share, for each of `alphas`, as shares of PTFS and CPT
+    too; shares that round to no branch are left out."""
     rows = []
     for alpha in alphas:
         try:
@@ -164,13 +171,14 @@ def storage(table: CostTable, price: Price) -> dict[str, dict[str, float | None]
     }
 
 
-def plan_json(slices: Steps, branch_share: float, price: Price) -> dict[str, Any]:
+def plan_json(slices: Steps, branch_share: Shares, price: Price) -> dict[str, Any]:
     """Everything that the planner says beyond `cost_table`, as a JSON value."""
     table = cost_table(slices, branch_share)
     rows = method_rows(table, price)
     proxy = price.hours(price.proxy_steps)
     return {
         "price": asdict(price),
+        "branch_share": table.branch_share,
         "rows": [asdict(row) for row in rows],
         "totals": {
             method: {

@@ -60,9 +60,9 @@ def plot_plan(plan: Plan | CostTable, path: str | Path) -> Path:
 
     Writes `path` (PNG, SVG or PDF by its ending) and returns it.
     """
-    costs = plan if isinstance(plan, CostTable) else cost_table(dict(plan.slices), plan.branch_share)
+    costs = plan if isinstance(plan, CostTable) else cost_table(dict(plan.slices), plan.branch_shares)
     if isinstance(plan, CostTable):
-        plan = make_plan({row.slice: row.steps for row in plan}, plan.branch_share)
+        plan = make_plan({row.slice: row.steps for row in plan}, [row.branch_share for row in plan])
     with rc_context(STYLE):
         figure = new_figure(11, 4.3)
         left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
@@ -178,7 +178,7 @@ def _draw_costs(axis: Axes, costs: CostTable) -> None:
             annotation_clip=False,
         )
     axis.set_title(f"Steps for {len(costs)} version{'s' if len(costs) > 1 else ''}, all in all")
-    axis.set_xlabel(f"versions cut (branch share {costs.branch_share:g})")
+    axis.set_xlabel(f"versions cut ({costs.share_words})")
     axis.set_ylabel("steps, cumulative")
     axis.set_xticks(x[:: max(1, len(x) // 12)])
     axis.set_xlim(min(0.9, 1 - 0.03 * len(x)), len(x) + 0.03 * len(x))

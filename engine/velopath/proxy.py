@@ -233,7 +233,7 @@ def _read_decays(run: Run, segment: str) -> dict[int, Record]:
             state = checkpoint.state
             step = int(state["step"])
             run.begin(name, step, end)
-            decay = branch_path(run.config, start, end - start)
+            decay = branch_path(run.config, slice_name, start, end - start)
             piece = Piece(slice_name, 0, step, end)
             with run.session(piece, segment=name, path=decay, state=state) as session:
                 loop.run(

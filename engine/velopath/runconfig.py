@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from velopath.config import RunConfig, load_config, validate_config
+from velopath.configured_plan import plan_of
 from velopath.errors import ConfigError, DataError
 from velopath.runchange import PENDING, change, pending
 from velopath.runfolder import RunFolder
@@ -18,7 +19,8 @@ from velopath.stream_data import domain_folders, heldout_names, read_table
 from velopath.urls import below, is_url, redact
 
 OVERRIDES = ("path.peak", "path.floor", "path.shape")
-"""What `override` may change: the main path's peak from its present step on; shape and floor of later branches."""
+"""What `override` may change: the main path's peak from its present step on; the floor of later branches, and the
+shape of those whose slice has none of its own."""
 
 
 def recorded_config(folder: RunFolder) -> RunConfig:
@@ -79,17 +81,21 @@ def add_slice(
     steps: int,
     replay: float = 0.0,
     targets: Mapping[str, float] | None = None,
+    branch_share: float | None = None,
+    shape: str | None = None,
 ) -> RunConfig:
     """Append slice `name` of `steps` steps: the domains of `root`, and a share `replay` of the domains that only
     earlier slices have, from the newest that has each.
 
     Within both parts the shares are those of the tokens. `targets` are target losses by domain for the controller.
-    The same slice again changes nothing. Raises `ConfigError` and `DataError` on what could not be trained on.
+    `branch_share` and `shape` are those of the version cut here (None: the run's). The same slice again changes
+    nothing. Raises `ConfigError` and `DataError` on what could not be trained on.
     """
     config = recorded_config(folder)
     _check_name(folder, config, name)
     root = root if is_url(root) else Path(root).expanduser().resolve()
-    entry = _new_slice(config, root, steps, replay)
+    own = {"branch_share": branch_share, "shape": shape}
+    entry = _new_slice(config, root, steps, replay) | {k: v for k, v in own.items() if v is not None}
     event = {
         "event": "slice",
         "name": name,
@@ -146,6 +152,7 @@ def override(folder: RunFolder, setting: str, value: str, reason: str) -> RunCon
 
 def _apply(folder: RunFolder, event: Mapping[str, Any], tree: dict[str, Any]) -> RunConfig:
     changed = validate_config(tree, where=f"the {event['event']}")
+    plan_of(changed)  # refuses a branch of no steps
     change(folder, event, config=changed.to_yaml())
     return changed
 

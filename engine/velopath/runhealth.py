@@ -9,9 +9,9 @@ from typing import Any, Literal
 from velopath import health
 from velopath.config import RunConfig
 from velopath.config_watch import HealthConfig
-from velopath.configured_plan import slice_steps
+from velopath.configured_plan import branch_share, slice_steps
 from velopath.errors import ConfigError, DataError
-from velopath.forecast import Curve, Cut, Forecast, fit_forecast
+from velopath.forecast import Curve, Cut, Forecast, expected_gain, fit_forecast
 from velopath.health import Finding, Limits
 from velopath.lineage import Lineage, Version
 from velopath.runconfig import recorded_config
@@ -100,6 +100,13 @@ def run_forecast(folder: RunFolder) -> Forecast:
     )
 
 
+def present_share(folder: RunFolder) -> float:
+    """The branch share of a version that were cut now: that of the slice which the main path reads."""
+    config, evals = recorded_config(folder), folder.metrics("eval", MAIN)
+    name = evals[-1]["slice"] if evals else None
+    return branch_share(config, name) if name in config.data.slices else config.path.branch_share
+
+
 def _first_step(evals: list[Record], slice: str) -> int:
     """The step at which the main path first looked at a slice: its controller starts there."""
     return min((r["step"] for r in evals if r.get("slice") == slice), default=0)
@@ -158,7 +165,7 @@ def _during(folder: RunFolder, config: RunConfig, lineage: Lineage, name: str, l
     if points:
         first = base or points[0][1]
         gain = _mean_gain(first, points[-1][1])
-        expected = _expected(lineage, name) * (1 - path.rate(step) / peak)
+        expected = _expected(lineage, path.end_step - path.decay_from) * (1 - path.rate(step) / peak)
         found += health.during(
             gain, expected, step, path.end_step, limits, final_rate=path.rate(path.end_step), peak=peak
         )
@@ -169,10 +176,11 @@ def _during(folder: RunFolder, config: RunConfig, lineage: Lineage, name: str, l
     return Health(name, "during", step, tuple(found))
 
 
-def _expected(lineage: Lineage, name: str) -> float:
-    """The mean gain of the versions cut so far; the decay is taken to pay it as its rate falls. Our choice."""
-    gains = [_mean_gain(v.notes["before"], v.heldout_loss) for v in lineage.versions if "before" in v.notes]
-    return sum(gains) / len(gains) if gains else 0.0
+def _expected(lineage: Lineage, steps: int) -> float:
+    """What a branch of `steps` should gain, by the versions cut so far; the decay is taken to pay it as its rate falls.
+    Our choice."""
+    cut = [v for v in lineage.versions if "before" in v.notes]
+    return expected_gain([(v.steps, _mean_gain(v.notes["before"], v.heldout_loss)) for v in cut], steps)
 
 
 def _after(lineage: Lineage, version: Version, limits: Limits) -> Health:

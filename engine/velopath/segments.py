@@ -43,7 +43,7 @@ def train_main(run: Run, until: int | None = None) -> int:
     check_controllers(run, goal, known=slice_folders(run.config, first_slice(run)) if waits else ())
     for branch in run.plan.branches:
         _check_has_parent(branch.name, branch.start_step)  # a version that could not be cut is refused now
-        branch_path(run.config, branch.start_step, branch.steps)
+        branch_path(run.config, branch.slice, branch.start_step, branch.steps)
     root = run.checkpoints(MAIN)
     if waits:
         _note_base(run)
@@ -84,10 +84,10 @@ def cut_version(
 ) -> Version:
     """Branch `name` off the main checkpoint at step `at`, decay over `steps`, evaluate and record it; resumable.
 
-    Defaults: the plan's branch of that name; `steps` to the end of the slice that `at` lies in; the config's
-    `shape`. The branch copies the main path's sampler, optimiser and (for `in_branch=live`) controller; the main
-    path keeps its own. A version that is recorded already is returned as it is; `ConfigError` where it, or a branch
-    of that name that was begun, left elsewhere, is of another length or decays otherwise.
+    Defaults: the plan's branch of that name; `steps` to the end of the slice that `at` lies in; the `shape` that the
+    config has for that slice. The branch copies the main path's sampler, optimiser and (for `in_branch=live`)
+    controller; the main path keeps its own. A version that is recorded already is returned as it is; `ConfigError`
+    where it, or a branch of that name that was begun, left elsewhere, is of another length or decays otherwise.
     """
     known = {v.name: v for v in read_lineage(run.folder).versions}
     if name in known:
@@ -102,7 +102,7 @@ def cut_version(
             f"no main checkpoint at step {piece.start} to branch {name!r} from; kept are {kept}: choose one with --at, "
             "or train the main path to that step"
         )
-    path = branch_path(run.config, piece.start, piece.end - piece.start, shape)
+    path = branch_path(run.config, piece.slice, piece.start, piece.end - piece.start, shape)
     parent = load_checkpoint(start)
     loop, checkpoint = run.loop_at(run.checkpoints(name), start)
     assert checkpoint is not None
@@ -249,8 +249,8 @@ def _check_has_parent(name: str, at: int) -> None:
     """A branch needs a main checkpoint to leave from, and the main path has none before its first update."""
     if at == 0:
         raise ConfigError(
-            f"version {name!r} would leave the main path at step 0, before its first update: lower path.branch_share "
-            "below 1 for the first slice, or branch later"
+            f"version {name!r} would leave the main path at step 0, before its first update: lower the branch share "
+            "of the first slice below 1 (data.slices.NAME.branch_share, or path.branch_share for all), or branch later"
         )
 
 

@@ -20,7 +20,7 @@ def branch(
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="cosine, linear, sqrt, knee, multistep or exponential; default the config's"),
+        typer.Option(help="cosine, linear, sqrt, knee, multistep or exponential; default its slice's"),
     ] = None,
     no_export: Annotated[
         bool, typer.Option("--no-export", help="do not write the Hugging Face folder")

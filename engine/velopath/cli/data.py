@@ -33,14 +33,27 @@ def add(
         list[str] | None,
         typer.Option("--target", help="DOMAIN=NATS for the controller; repeat it for every new domain"),
     ] = None,
+    branch_share: Annotated[
+        float | None,
+        typer.Option(help="branch share of the version cut here; default path.branch_share of the run"),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="decay of that version: cosine, linear, sqrt, knee, multistep or exponential; default path.shape of "
+            "the run"
+        ),
+    ] = None,
 ) -> None:
     """Append a slice of data to a run, on record: the main path reads it after the slices that are there.
 
     Go on with `velopath train RUN`. The same command again changes nothing.
 
-    Example: velopath data add runs/2026 2026q3 data/2026q3 --steps 10000 --replay 0.2
+    Examples:
+      velopath data add runs/2026 2026q3 data/2026q3 --steps 10000 --replay 0.2
+      velopath data add runs/2026 2026q4 data/2026q4 --steps 10000 --branch-share 0.3 --shape knee
     """
-    from velopath.configured_plan import slice_steps
+    from velopath.configured_plan import plan_of, slice_steps
     from velopath.runchange import writing
     from velopath.runconfig import add_slice
 
@@ -52,13 +65,24 @@ def add(
         except ValueError:
             raise ConfigError(f"--target {text!r}; expected DOMAIN=NATS, such as code=1.2") from None
     with writing(run) as folder:
-        config = add_slice(folder, name, root, steps=steps, replay=replay, targets=targets)
+        config = add_slice(
+            folder,
+            name,
+            root,
+            steps=steps,
+            replay=replay,
+            targets=targets,
+            branch_share=branch_share,
+            shape=shape,
+        )
     entry = config.data.slices[name]
     lengths = slice_steps(config)
     first = sum(count for other, count in lengths.items() if other != name)
     typer.echo(
         f"{name}: steps {first:,} to {first + lengths[name]:,} of the main path, from {redact(entry.root)}"
     )
+    (branch,) = (b for b in plan_of(config).branches if b.slice == name)
+    typer.echo(f"  {branch.name}: {branch.shape} over {branch.steps:,} steps from step {branch.start_step:,}")
     for domain, source in sorted(entry.replay.items()):
         typer.echo(
             f"  replays {domain} of {source}: {(entry.weights or {}).get(domain, 0.0):.1%} of the tokens"

@@ -86,10 +86,11 @@ def _rates(config: RunConfig, plan: Plan) -> None:
     rows = [["main", ", ".join(f"{step}: {main.rate(step):.2e}" for step in marks)]]
     for planned in plan.branches:
         start, steps = planned.start_step, planned.steps
-        branch = branch_path(config, start, steps)
+        branch = branch_path(config, planned.slice, start, steps)
         marks = [start, start + steps // 4, start + steps // 2, start + 3 * steps // 4, start + steps - 1]
-        rows.append([planned.name, ", ".join(f"{step}: {branch.rate(step):.2e}" for step in marks)])
-    table(f"Learning rate at steps (branches: {path.shape} to {path.floor:g})", ["path", "step: rate"], rows)
+        words = ", ".join(f"{step}: {branch.rate(step):.2e}" for step in marks)
+        rows.append([f"{planned.name}, {branch.shape}", words])
+    table(f"Learning rate at steps (branches fall to {path.floor:g})", ["path", "step: rate"], rows)
 
 
 def _estimate(config: RunConfig, steps: int) -> None:

@@ -14,7 +14,9 @@ ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 def forecast(
     run: Annotated[Path, typer.Argument(help="run folder with at least one version")],
-    alpha: Annotated[float | None, typer.Option(help="branch share to show; default the config's")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="branch share to show; default the present slice's")
+    ] = None,
     target: Annotated[
         float | None, typer.Option(help="choose the shortest branch whose mean loss (nats) reaches this")
     ] = None,
@@ -30,9 +32,9 @@ def forecast(
 
     Example: velopath forecast runs/2026 --target 2.31
     """
-    from velopath.runconfig import recorded_config
+    from velopath.plan import share_steps
     from velopath.runfolder import RunFolder
-    from velopath.runhealth import run_forecast
+    from velopath.runhealth import present_share, run_forecast
 
     if sum(choice is not None for choice in (alpha, target, budget)) > 1:
         raise ConfigError("--alpha, --target and --budget exclude each other; give one")
@@ -41,20 +43,20 @@ def forecast(
     folder = RunFolder(run)
     folder.check_is_run()
     found = run_forecast(folder)
-    chosen: float | None = alpha if alpha is not None else recorded_config(folder).path.branch_share
+    chosen: float | None = alpha if alpha is not None else present_share(folder)
     if budget is not None:
         chosen = budget / found.reference
     if target is not None:
         steps = range(1, found.reference + 1)
         chosen = next((n / found.reference for n in steps if found.mean(n).loss <= target), None)
-    rows = [(a, max(1, round(a * found.reference))) for a in ALPHAS]
+    rows = [(a, max(1, share_steps(found.reference, a))) for a in ALPHAS]
     value: dict[str, Any] = {
         "law": found.to_json(),
         "alphas": [{"alpha": a, "steps": n, **_json(found.mean(n))} for a, n in rows],
         "chosen": None,
     }
     if chosen is not None:
-        steps_chosen = max(1, round(chosen * found.reference))
+        steps_chosen = max(1, share_steps(found.reference, chosen))
         domains = {name: _json(p) for name, p in found.predict(steps_chosen).items()}
         mean = _json(found.mean(steps_chosen))
         value["chosen"] = {"alpha": chosen, "steps": steps_chosen, "mean": mean, "domains": domains}

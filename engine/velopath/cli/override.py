@@ -15,8 +15,8 @@ def override(
     setting: Annotated[str, typer.Argument(help="path.peak=X, path.floor=X or path.shape=X")],
     reason: Annotated[str, typer.Option(help="why; it stands in the lineage")],
 ) -> None:
-    """Change a rate of a run that has begun: the peak from the main path's last checkpoint on, or a branch's shape or
-    floor.
+    """Change a rate of a run that has begun: the peak from the main path's last checkpoint on, the floor of later
+    branches, or their shape (where a slice has none of its own; `velopath branch --shape` chooses one version's).
 
     Without it, another rate in the config is refused with a diff. Versions that are cut keep the path they had.
 

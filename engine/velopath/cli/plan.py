@@ -11,23 +11,37 @@ from velopath.errors import ConfigError
 
 if TYPE_CHECKING:
     from velopath.config import RunConfig
+    from velopath.plan import CostTable, Plan
     from velopath.plan_price import Price
     from velopath.proxy_points import training_steps
 
 
 def plan(
     config: Annotated[
-        Path | None, typer.Argument(help="run config; its slices and path.branch_share are the plan")
+        Path | None, typer.Argument(help="run config; its slices and branch shares are the plan")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="a.b=c overrides of the config")] = None,
-    versions: Annotated[int, typer.Option("--versions", "-n", min=1, help="N, without a config")] = 4,
+    versions: Annotated[
+        int | None,
+        typer.Option(
+            "--versions",
+            "-n",
+            min=1,
+            help="N, without a config; default 4, or as often as --steps or --alpha is given",
+        ),
+    ] = None,
     steps: Annotated[
         list[int] | None,
         typer.Option(
             "--steps", "-t", help="T: steps of one slice; repeat it once per version for unequal slices"
         ),
     ] = None,
-    alpha: Annotated[float, typer.Option(help="branch share: branch steps / T")] = 0.6,
+    alpha: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="branch share: branch steps / T; default 0.6; repeat it once per version for shares of their own"
+        ),
+    ] = None,
     tokens_per_step: Annotated[
         int | None, typer.Option(help="global batch; default the config's on one rank")
     ] = None,
@@ -52,9 +66,11 @@ def plan(
 
     Examples:
       velopath plan --versions 4 --steps 1000 --alpha 0.6 --png plan.png
+      velopath plan --steps 1000 --alpha 0.6 --alpha 0.4 --alpha 0.2
       velopath plan run.yaml --measured runs/2026 --gpus 8 --price 2.5 --csv plan.csv
       velopath plan --actual runs/2026
     """
+    from velopath.configured_plan import costs_of, plan_of
     from velopath.plan import cost_table, make_plan
     from velopath.plan_price import plan_json
 
@@ -65,17 +81,18 @@ def plan(
     if config is not None:
         from velopath.cli.train import resolve
 
+        if versions or steps or alpha:
+            raise ConfigError(
+                "--versions, --steps and --alpha are for a plan without a config; give overrides instead, such as "
+                "path.branch_share=0.5 or data.slices.NAME.branch_share=0.4"
+            )
         loaded, _ = resolve(config, overrides or [], None)
-        slices = {name: entry.steps for name, entry in loaded.data.slices.items()}
-        alpha = loaded.path.branch_share
+        costs, made = costs_of(loaded), plan_of(loaded)
     else:
-        lengths = list(steps or [1000])
-        if len(lengths) == 1:
-            lengths *= versions
-        slices = {f"slice-{i}": n for i, n in enumerate(lengths, 1)}
-    costs, made = cost_table(slices, alpha), make_plan(slices, alpha)
+        lengths, shares = _versions(versions, steps or [1000], alpha or [0.6])
+        costs, made = cost_table(lengths, shares), make_plan(lengths, shares)
     paid = _price(loaded, measured, tokens_per_step, tokens_per_second, gpus, price, parameters)
-    value = plan_json(slices, alpha, paid)
+    value = plan_json(dict(made.slices), made.branch_shares, paid)
     if as_json:
         import json
 
@@ -86,7 +103,22 @@ def plan(
 
         show_plan(costs, made)
         show_price(value)
-    _files(costs, value, png, html, csv, as_json)
+    _files(costs, made, value, png, html, csv, as_json)
+
+
+def _versions(versions: int | None, steps: list[int], alpha: list[float]) -> tuple[list[int], list[float]]:
+    """Steps and branch share of each version: what is given once holds for all of them."""
+    counts = {"--steps": len(steps), "--alpha": len(alpha)}
+    told = {option: count for option, count in counts.items() if count > 1}
+    told |= {"--versions": versions} if versions is not None else {}
+    if len(set(told.values())) > 1:
+        words = ", ".join(f"{option} for {count}" for option, count in told.items())
+        raise ConfigError(
+            f"the options are for different numbers of versions: {words}; give --steps and --alpha once, or once per "
+            "version"
+        )
+    count = next(iter(told.values()), 4)
+    return steps * (count // len(steps)), alpha * (count // len(alpha))
 
 
 def _price(
@@ -141,7 +173,13 @@ def _domains(config: RunConfig) -> int:
 
 
 def _files(
-    costs: Any, value: dict[str, Any], png: Path | None, html: Path | None, table: Path | None, quiet: bool
+    costs: CostTable,
+    made: Plan,
+    value: dict[str, Any],
+    png: Path | None,
+    html: Path | None,
+    table: Path | None,
+    quiet: bool,
 ) -> None:
     if png is not None:
         from velopath.plots import plot_plan
@@ -151,7 +189,7 @@ def _files(
     if html is not None:
         from velopath.cli.show_price import price_page
 
-        price_page(costs, value, html)
+        price_page(costs, made, value, html)
         typer.echo(f"page: {html}", err=quiet)
     if table is not None:
         import csv

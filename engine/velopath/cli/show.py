@@ -26,10 +26,18 @@ def table(title: str, columns: list[str], rows: list[list[str]], caption: str = 
 
 def show_plan(costs: CostTable, plan: Plan) -> None:
     """Cost per version under each method, in steps and shares, and the segments in order."""
+    for title, head, rows, caption in plan_tables(costs, plan):
+        table(title, head, rows, caption)
+
+
+def plan_tables(costs: CostTable, plan: Plan) -> list[tuple[str, list[str], list[list[str]], str]]:
+    """(title, head, rows, caption) of what `show_plan` prints."""
+    differ = costs.branch_share is None
     rows = [
         [
             row.version,
             f"{row.steps:,}",
+            f"{row.branch:,} ({row.branch_share:g})" if differ else f"{row.branch:,}",
             f"{row.ptfs_total:,}",
             f"{row.cpt_total:,}",
             f"{row.switching_total:,}",
@@ -38,18 +46,33 @@ def show_plan(costs: CostTable, plan: Plan) -> None:
         ]
         for row in costs
     ]
-    table(
-        f"Steps up to each version, branch share {costs.branch_share:g}",
-        ["version", "slice", "PTFS", "CPT", "switching", "of PTFS", "of CPT"],
-        rows,
-        "PTFS trains each version from scratch on all data so far; CPT continues on the new data only. "
-        "Proxies, evaluations and a base model are not in it.",
-    )
-    table(
-        "What a run executes",
-        ["segment", "slice", "from step", "to step", "steps"],
-        [[s.name, s.slice, f"{s.start_step:,}", f"{s.end_step:,}", f"{s.steps:,}"] for s in plan.segments],
-    )
+    decays = any(s.shape for s in plan.branches)
+    segments = [
+        [
+            s.name,
+            s.slice,
+            f"{s.start_step:,}",
+            f"{s.end_step:,}",
+            f"{s.steps:,}",
+            *([s.shape or ""] if decays else []),
+        ]
+        for s in plan.segments
+    ]
+    return [
+        (
+            f"Steps up to each version, {costs.share_words}",
+            ["version", "slice", "branch", "PTFS", "CPT", "switching", "of PTFS", "of CPT"],
+            rows,
+            "PTFS trains each version from scratch on all data so far; CPT continues on the new data only. "
+            "Proxies, evaluations and a base model are not in it.",
+        ),
+        (
+            "What a run executes",
+            ["segment", "slice", "from step", "to step", "steps", *(["shape"] if decays else [])],
+            segments,
+            "",
+        ),
+    ]
 
 
 def show_targets(targets: Targets) -> None:

@@ -6,10 +6,10 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from velopath.cli.show import table
+from velopath.cli.show import plan_tables, table
 
 if TYPE_CHECKING:
-    from velopath.plan import CostTable
+    from velopath.plan import CostTable, Plan
 
 WORDS = {"ptfs": "PTFS", "cpt": "CPT", "wsd_s": "WSD-S", "switching": "switching"}
 
@@ -79,13 +79,21 @@ def tables(value: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]],
         [f"{r['alpha']:g}", f"{r['steps']:,}", f"{r['of_ptfs']:.1%}", f"{r['of_cpt']:.1%}"]
         for r in value["what_if"]
     ]
+    if value["branch_share"] is None:
+        steps = totals["switching"]["steps"]
+        alphas.insert(0, ["as planned", f"{steps:,}", f"{steps / ptfs:.1%}", f"{steps / cpt:.1%}"])
     return [
         ("All versions under each method", head, methods, f"{words}."),
-        ("What if: switching by branch share", ["alpha", "steps", "of PTFS", "of CPT"], alphas, ""),
+        (
+            "What if: switching with one branch share for all versions",
+            ["alpha", "steps", "of PTFS", "of CPT"],
+            alphas,
+            "",
+        ),
     ]
 
 
-def price_page(costs: CostTable, value: dict[str, Any], path: Path) -> None:
+def price_page(costs: CostTable, plan: Plan, value: dict[str, Any], path: Path) -> None:
     """Write the tables and the cost curves as one HTML file that needs nothing else."""
     import tempfile
 
@@ -94,7 +102,7 @@ def price_page(costs: CostTable, value: dict[str, Any], path: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         drawing = plot_plan(costs, Path(scratch) / "plan.svg").read_text(encoding="utf-8")
     parts = [drawing[drawing.index("<svg") :]]
-    for title, head, rows, caption in tables(value):
+    for title, head, rows, caption in [*plan_tables(costs, plan), *tables(value)]:
         cells = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
         names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
         parts.append(

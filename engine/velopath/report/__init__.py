@@ -7,6 +7,7 @@ from typing import Any
 
 from velopath.report.html import page
 from velopath.report.record import RunRecord, read_run
+from velopath.report.tables import branch_share
 from velopath.report.times import compute_speed, phase_seconds
 from velopath.runfolder import RunFolder
 
@@ -39,7 +40,8 @@ def summary(record: RunRecord) -> dict[str, Any]:
     - `seconds`: wall time of the run
     - `domains`: name -> `tokens` read on the main path, `initial`, `target`, `last_loss` held out, in nats
     - `weights`: list of `step` and `weights`, one entry per start or push on the main path
-    - `versions`: list of `name`, `parent`, `branch_step`, `steps`, `heldout_loss` {domain: nats}, `export` path
+    - `versions`: list of `name`, `parent`, `branch_step`, `steps`, `branch_share` (steps over those of its slice),
+      `shape` of its decay, `heldout_loss` {domain: nats}, `export` path
     - `cost`: steps run by part, `evaluation_tokens`, and planned and actual (main + branches) over PTFS
     - `sampler_tokens_per_second` of the sampler alone, `data_wait_share` of the loop's time
     - `phase_seconds` of main path and branches, see `velopath.phases`; `flops_per_second` of the model, and `mfu`
@@ -60,6 +62,8 @@ def summary(record: RunRecord) -> dict[str, Any]:
                 "parent": v.parent,
                 "branch_step": v.branch_step,
                 "steps": v.steps,
+                "branch_share": branch_share(record, v),
+                "shape": v.shape,
                 "heldout_loss": dict(v.heldout_loss),
                 "export": v.export,
             }

@@ -78,6 +78,8 @@ class VersionRow:
     undecayed: Mapping[str, float] | None
     """Held-out losses of the main path after as many steps as the finished version, at the peak rate."""
     export: str | None
+    shape: str | None
+    """The shape of its decay."""
 
 
 @dataclass(frozen=True)
@@ -365,6 +367,7 @@ def _versions(run: RunFolder, segments: Mapping[str, Segment], lineage: Lineage)
                 or (main.heldout_at(start, reached) if main else None),
                 undecayed=main.heldout_at(start + steps, reached) if main else None,
                 export=(known.export if known else None) or found,
+                shape=known.path.shape if known and known.path else None,
             )
         )
     return tuple(sorted(rows, key=lambda row: row.branch_step))

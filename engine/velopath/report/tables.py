@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from velopath.report.figure import epochs_text, tokens_text
-from velopath.report.record import RunRecord, mean_loss
+from velopath.report.record import RunRecord, VersionRow, mean_loss
 
 
 class Safe(str):
@@ -73,13 +73,26 @@ def versions_table(record: RunRecord) -> Safe:
                 name,
                 v.parent,
                 v.slice or None,
-                f"{v.steps:,}",
+                Safe(f"{v.steps:,}<small>{branch_words(record, v)}</small>"),
                 _with_change(mean_loss(v.heldout_loss), mean_loss(v.before)),
                 *cells,
                 change(mean_loss(v.undecayed), mean_loss(v.heldout_loss)),
             ][: len(head)]
         )
     return table(head, rows, words=(0, 1, 2))
+
+
+def branch_share(record: RunRecord, version: VersionRow) -> float | None:
+    """The steps of a version over those of its slice; None where the plan does not know the slice."""
+    slices = dict(record.ledger.plan.slices) if record.ledger.plan else {}
+    return version.steps / slices[version.slice] if version.slice in slices else None
+
+
+def branch_words(record: RunRecord, version: VersionRow) -> Safe:
+    """Share and shape of a version's branch, as far as they are known."""
+    share = branch_share(record, version)
+    known = [None if share is None else f"{share:.1%} of its slice", version.shape]
+    return escape(", ".join(word for word in known if word))
 
 
 def _with_change(loss: float | None, before: float | None) -> Safe | None:
