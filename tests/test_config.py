@@ -11,6 +11,7 @@ import pytest
 
 from velopath.config import load_config, validate_config
 from velopath.config_change import check_unchanged
+from velopath.configured_plan import in_steps, main_path, slice_steps
 from velopath.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"data": {"slices": {"a": {"root": "/d/a", "steps": 100}}}}
@@ -67,7 +68,43 @@ def test_defaults_are_the_documented_ones() -> None:
         ("train.row", 5, r"train\.row: unknown key$"),
         ("data.slices", {}, r"data\.slices: .*at least 1 item.*\(given: \{\}\)"),
         ("data.slices", [1], r"data\.slices: .*valid dictionary.*\(given: \[1\]\)"),
-        ("data.slices.a", {"root": "/d"}, r"data\.slices\.a\.steps: Field required$"),
+        (
+            "data.slices.a",
+            {"root": "/d"},
+            r"data\.slices\.a: .*it has no length; give steps, or tokens such as 2e9",
+        ),
+        (
+            "data.slices.a.tokens",
+            "2e9",
+            r"data\.slices\.a: .*steps 100 and tokens 2000000000 are both given; give one",
+        ),
+        *(
+            ("data.slices.a", {"root": "/d", "tokens": value}, rf"data\.slices\.a\.tokens: .*{message}")
+            for value, message in (
+                (0, "greater than 0"),
+                (-5, "-5 is no number of tokens; expected a whole one, such as 2e9 or 2_000_000_000"),
+                (2.5, r"2\.5 is no number of tokens"),
+                ("2.5", r"'2\.5' is no number of tokens"),
+                ("2 billion", "'2 billion' is no number of tokens"),
+                ("1e19", "'1e19' is no number of tokens"),
+                ("1e999999999", "'1e999999999' is no number of tokens"),
+                ("nan", "'nan' is no number of tokens"),
+                (float("inf"), "inf is no number of tokens"),
+                (True, "True is no number of tokens"),
+                ([1], r"\[1\] is no number of tokens"),
+            )
+        ),
+        ("path.warmup_tokens", -1, r"path\.warmup_tokens: .*-1 is no number of tokens"),
+        (
+            "path.warmup_steps",
+            None,
+            r"path: .*it has no warm-up; give warmup_steps \(0: none\), or warmup_tokens",
+        ),
+        (
+            "path",
+            {"warmup_steps": 5, "warmup_tokens": "1e6"},
+            "path: .*warmup_steps 5 and warmup_tokens 1000000 are both given; give one of them",
+        ),
         ("data.slices.a", {"steps": 3}, r"data\.slices\.a\.root: Field required$"),
         ("data.slices.a.steps", 0, r"data\.slices\.a\.steps: .*greater than 0 \(given: 0\)"),
         ("data.slices.a.steps", 2.5, r"data\.slices\.a\.steps: .*integer.*\(given: 2\.5\)"),
@@ -238,6 +275,47 @@ def test_the_hash_is_of_the_meaning_and_stays(file: Path, tmp_path: Path) -> Non
     assert load_config(file, ["path.peak=0.001"]).hash == config.hash
     canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     assert config.hash == hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    "text", ["2e9", "2_000_000_000", "2000000000", "'2e9'", "2.0e+9", "'2_000_000_000'", "2.0E9"]
+)
+def test_tokens_as_people_write_them(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{slices: {{a: {{root: /d, tokens: {text}}}}}}}\npath: {{warmup_tokens: {text}}}")
+    config = load_config(path)
+    assert (config.data.slices["a"].tokens, config.path.warmup_tokens) == (2 * 10**9, 2 * 10**9)
+    assert (config.data.slices["a"].steps, config.path.warmup_steps) == (None, None)
+    assert load_config(path, ["data.slices.a.tokens=3e9"]).data.slices["a"].tokens == 3 * 10**9
+    other = load_config(path, ["data.slices.a.tokens=null", "data.slices.a.steps=7", "path.warmup_tokens=0"])
+    assert (other.data.slices["a"].steps, other.path.warmup_tokens) == (7, 0)
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+
+
+def test_lengths_in_tokens_become_steps() -> None:
+    slices = {
+        "a": {"root": "/d", "tokens": "2e9"},
+        "b": {"root": "/d", "steps": 30},
+        "c": {"root": "/d", "tokens": 3},
+    }
+    config = validate_config({"data": {"slices": slices}, "path": {"warmup_tokens": 24576}})
+    resolved = in_steps(config, 16384)
+    # 2e9 / 16384 = 122070.3; 24576 / 16384 = 1.5, half up; 3 tokens are at least a step
+    assert slice_steps(resolved) == {"a": 122070, "b": 30, "c": 1}
+    assert main_path(resolved).warmup_steps == 2
+    assert all(entry.tokens is None for entry in resolved.data.slices.values())
+    assert resolved.path.warmup_tokens is None
+    assert in_steps(resolved, 999) == resolved  # once: another number of tokens a step changes nothing
+    assert validate_config(resolved.model_dump(mode="json")) == resolved
+    none = validate_config({"data": {"slices": slices}, "path": {"warmup_tokens": 0}})
+    assert main_path(in_steps(none, 16384)).warmup_steps == 0
+    with pytest.raises(
+        ConfigError, match=r"data\.slices\.a has a length in tokens, and nothing says how many a step"
+    ):
+        slice_steps(config)
+    with pytest.raises(ConfigError, match=r"path\.warmup_tokens has a length in tokens"):
+        main_path(config)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from velopath.errors import ConfigError
-from velopath.plan import Plan, Segment, branch_steps, compare_costs, cost_table, make_plan
+from velopath.plan import Plan, Segment, branch_steps, compare_costs, cost_table, make_plan, token_steps
+from velopath.plan_lengths import Length, plan_lengths
 
 
 def test_the_published_share() -> None:
@@ -129,6 +130,40 @@ def test_a_plan_of_version_1_is_read() -> None:
 )
 def test_branch_steps_round_half_up_on_decimals(steps: int, share: float, rounded: int) -> None:
     assert branch_steps(steps, share) == rounded
+
+
+@pytest.mark.parametrize(
+    ("tokens", "per_step", "steps"),
+    [
+        (2_000_000_000, 16384, 122070),  # 122070.3125
+        (2_000_000_000, 131072, 15259),  # 15258.789
+        (192, 128, 2),  # 1.5, half up
+        (191, 128, 1),
+        (1, 128, 1),  # at least 1
+        (10**18, 3, 333333333333333333),  # beyond what a float keeps
+    ],
+)
+def test_tokens_become_the_nearest_steps(tokens: int, per_step: int, steps: int) -> None:
+    assert token_steps(tokens, per_step) == steps
+
+
+def test_tokens_that_are_no_steps() -> None:
+    with pytest.raises(ConfigError, match="tokens is 0; expected 1 or more"):
+        token_steps(0, 128)
+    with pytest.raises(ConfigError, match="tokens_per_step is 0; expected 1 or more"):
+        token_steps(5, 0)
+
+
+def test_lengths_side_by_side() -> None:
+    plan = make_plan({"one": 40, "two": 20}, [0.6, 0.25])
+    assert plan_lengths(plan, 128, {"one": 5200, "two": None}, (500, 4)) == [
+        Length("warm-up", "", 500, 4, 512),
+        Length("slice", "one", 5200, 40, 5120),
+        Length("slice", "two", None, 20, 2560),
+        Length("branch", "v1", None, 24, 3072),
+        Length("branch", "v2", None, 5, 640),
+    ]
+    assert [length.kind for length in plan_lengths(plan, 128)] == ["slice", "slice", "branch", "branch"]
 
 
 def test_the_demo_plan() -> None:

@@ -85,6 +85,45 @@ def test_the_command_with_shares_of_their_own(tmp_path: Path) -> None:
     ]["totals"] == {"ptfs": 100, "cpt": 60, "switching": 60 + 6 + 8}
 
 
+def test_lengths_in_tokens(tmp_path: Path) -> None:
+    # 2e9 / 131072 = 15258.8 -> 15259 steps, 5e8 / 131072 = 3814.7 -> 3815
+    batch = ("--tokens-per-step", 131072)
+    value = json.loads(velopath("plan", "--tokens", "2e9", "--tokens", "500_000_000", *batch, "--json").out)
+    assert value["plan"]["slices"] == [["slice-1", 15259], ["slice-2", 3815]]
+    one, two = (row for row in value["lengths"] if row["kind"] == "slice")
+    assert (one["asked_tokens"], one["steps"], one["tokens"]) == (2 * 10**9, 15259, 15259 * 131072)
+    assert (two["asked_tokens"], two["tokens"]) == (5 * 10**8, 3815 * 131072)
+    page = tmp_path / "plan.html"
+    text = " ".join(velopath("plan", "-n", 3, "--tokens", "2e9", *batch, "--html", page).out.split())
+    assert (
+        "Lengths at 131,072 tokens a step" in text
+        and "slice-3 │ 2,000,000,000 │ 15,259 │ 2,000,027,648" in text
+    )
+    assert "<td>2,000,027,648</td>" in page.read_text()
+    assert json.loads(velopath("plan", "--json").out)["lengths"] == []
+    for arguments, message in (
+        (
+            ("--tokens", "2e9"),
+            "--tokens need the tokens of a step: give --tokens-per-step, or --measured RUN",
+        ),
+        (("--tokens", "2e9", "--steps", 5, *batch), "--steps and --tokens exclude each other"),
+        (("--tokens", "2.5", *batch), "'2.5' is no number of tokens; expected a whole one, such as 2e9"),
+        (("--tokens", "many", *batch), "'many' is no number of tokens"),
+        (("--tokens", "0", *batch), "tokens is 0; expected 1 or more"),
+        (("--tokens", "5", "--tokens", "6", "-n", 3, *batch), "--tokens for 2, --versions for 3"),
+    ):
+        done = velopath("plan", *arguments)
+        assert done.code == 2 and message in " ".join(done.err.split()), (arguments, done.err)
+
+
+def test_the_proxy_of_a_config_is_counted_beside(data: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", data, control__targets=None)
+    for overrides in ((), ("path.warmup_steps=null", "path.warmup_tokens=500")):
+        done = velopath("plan", config, *overrides, "--json")
+        assert done.code == 0, done.err
+        assert json.loads(done.out)["proxy"]["steps"] == 30
+
+
 def test_options_that_contradict_each_other_are_refused(data: Path, tmp_path: Path) -> None:
     two = ("--alpha", 0.6, "--alpha", 0.4)
     for arguments in (
@@ -94,7 +133,7 @@ def test_options_that_contradict_each_other_are_refused(data: Path, tmp_path: Pa
     ):
         done = velopath("plan", *arguments)
         assert done.code == 2 and "different numbers of versions" in done.err, done.err
-        assert "give --steps and --alpha once, or once per version" in " ".join(done.err.split())
+        assert "give a length and --alpha once, or once per version" in " ".join(done.err.split())
     config = write_config(tmp_path / "run.yaml", data)
     for arguments in (two, ("-n", 4), ("-t", 5)):
         done = velopath("plan", config, *arguments)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from velopath.config_lengths import PathConfig, SliceConfig
 from velopath.config_paths import absolute_paths
 from velopath.config_proxy import ProxyConfig
 from velopath.config_watch import (
@@ -22,7 +23,6 @@ from velopath.config_watch import (
     EvaluateConfig,
     HealthConfig,
     PositiveInt,
-    Share,
     Tree,
 )
 from velopath.errors import ConfigError
@@ -30,27 +30,6 @@ from velopath.urls import is_url, redact
 
 MAX_YAML_BYTES, MAX_YAML_DEPTH = 1 << 20, 50
 Section = TypeVar("Section", bound=Tree)
-Shape = Literal["cosine", "linear", "sqrt", "knee", "multistep", "exponential"]
-
-
-class SliceConfig(Tree):
-    """One version's new data: a prepared folder and the steps of the main path that read it."""
-
-    root: str = Field(
-        description="prepared data (see `velopath prepare`): a folder, or its URL (s3://, https:// ...)"
-    )
-    steps: PositiveInt = Field(description="T_i: optimiser steps of the main path on this slice")
-    weights: dict[str, float] | None = Field(
-        None, description="initial shares; null: the slice's token shares"
-    )
-    replay: dict[str, str] = Field(
-        default_factory=dict,
-        description="further domains read here -> the earlier slice whose data of them is read again",
-    )
-    branch_share: Share | None = Field(
-        None, description="alpha_i of the version cut here; null: path.branch_share"
-    )
-    shape: Shape | None = Field(None, description="decay of that version; null: path.shape")
 
 
 class DataConfig(Tree):
@@ -157,22 +136,6 @@ class ControlConfig(Tree):
     in_branch: Literal["hold", "replay", "live"] = Field(
         "hold",
         description="weights of a branch: the branch point's, the main path's log, or a live controller",
-    )
-
-
-class PathConfig(Tree):
-    """The learning-rate path: constant main path, branches with a complete decay."""
-
-    peak: Annotated[float, Field(gt=0)] = Field(3e-4, description="rate of the main path")
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    branch_share: Share = Field(
-        0.6, description="alpha: branch length / T of its slice, for slices without their own"
-    )
-    shape: Shape = Field("cosine", description="decay of a branch, for slices without their own")
-    floor: Annotated[float, Field(ge=0)] = Field(0.0, description="rate at the end of a branch")
-    changes: dict[int, Annotated[float, Field(gt=0)]] = Field(
-        default_factory=dict,
-        description="step -> peak from there on; written by `velopath override`, with the reason in the lineage",
     )
 
 

@@ -3,13 +3,50 @@
 from __future__ import annotations
 
 from velopath.config import RunConfig
-from velopath.plan import CostTable, Plan, cost_table, make_plan
+from velopath.errors import ConfigError
+from velopath.plan import CostTable, Plan, cost_table, make_plan, token_steps
+from velopath.plan_lengths import Length, plan_lengths
 from velopath.schedule import LrPath
 
 
+def in_steps(config: RunConfig, tokens_per_step: int) -> RunConfig:
+    """`config` with every length in steps: those given in tokens become `token_steps` (no warm-up stays none).
+
+    `tokens_per_step` are those of all ranks. A run does this once, when it is first opened, and records the steps.
+    """
+    slices = {
+        name: entry
+        if entry.tokens is None
+        else entry.model_copy(update={"steps": token_steps(entry.tokens, tokens_per_step), "tokens": None})
+        for name, entry in config.data.slices.items()
+    }
+    path, warmup = config.path, config.path.warmup_tokens
+    if warmup is not None:
+        steps = token_steps(warmup, tokens_per_step) if warmup else 0
+        path = path.model_copy(update={"warmup_steps": steps, "warmup_tokens": None})
+    data = config.data.model_copy(update={"slices": slices})
+    return config.model_copy(update={"data": data, "path": path})
+
+
+def lengths_of(config: RunConfig, tokens_per_step: int) -> list[Length]:
+    """The lengths of a configuration: as it gives them, and what a run with so many tokens a step makes of them."""
+    resolved = in_steps(config, tokens_per_step)
+    asked = {name: entry.tokens for name, entry in config.data.slices.items()}
+    warmup = config.path.warmup_tokens, main_path(resolved).warmup_steps
+    return plan_lengths(plan_of(resolved), tokens_per_step, asked, warmup)
+
+
 def slice_steps(config: RunConfig) -> dict[str, int]:
-    """The slices in reading order with their steps T_i."""
-    return {name: entry.steps for name, entry in config.data.slices.items()}
+    """The slices in reading order with their steps T_i. Raises `ConfigError` where a length is still in tokens."""
+    return {name: _steps(f"data.slices.{name}", entry.steps) for name, entry in config.data.slices.items()}
+
+
+def _steps(key: str, steps: int | None) -> int:
+    if steps is None:
+        raise ConfigError(
+            f"{key} has a length in tokens, and nothing says how many a step has; a run folder's config.yaml has steps"
+        )
+    return steps
 
 
 def branch_share(config: RunConfig, slice_name: str) -> float:
@@ -36,7 +73,8 @@ def costs_of(config: RunConfig) -> CostTable:
 
 def main_path(config: RunConfig) -> LrPath:
     """The path of the main path: the configured peak after its warm-up, and what was overridden since."""
-    return LrPath.main(config.path.peak, config.path.warmup_steps, config.path.changes)
+    warmup = _steps("path.warmup_tokens", config.path.warmup_steps)
+    return LrPath.main(config.path.peak, warmup, config.path.changes)
 
 
 def branch_path(

@@ -47,6 +47,14 @@ def branch_steps(steps: int, branch_share: float) -> int:
     return length
 
 
+def token_steps(tokens: int, tokens_per_step: int) -> int:
+    """The steps that read `tokens` most nearly: tokens / tokens_per_step rounded half up, and at least 1."""
+    for name, value in (("tokens", tokens), ("tokens_per_step", tokens_per_step)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; expected 1 or more")
+    return max(1, (2 * tokens + tokens_per_step) // (2 * tokens_per_step))
+
+
 def share_steps(steps: int, share: float) -> int:
     """round(share * steps), half up, with `share` as the decimal it prints as."""
     return math.floor(Fraction(str(share)) * steps + Fraction(1, 2))

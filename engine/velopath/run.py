@@ -22,7 +22,7 @@ from velopath.alarm_watch import AlarmWatch
 from velopath.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from velopath.config import RunConfig
 from velopath.config_change import check_unchanged, split_rows
-from velopath.configured_plan import main_path, plan_of, slice_steps
+from velopath.configured_plan import in_steps, main_path, plan_of, slice_steps
 from velopath.controllers import Controller
 from velopath.dist import Dist, init_from_env
 from velopath.environment import describe_environment
@@ -35,7 +35,7 @@ from velopath.phases import Phases
 from velopath.plan import Plan
 from velopath.profiling import Profile
 from velopath.runchange import complete
-from velopath.runconfig import recorded_config, slice_folders, slice_table
+from velopath.runconfig import has_begun, recorded_config, slice_folders, slice_table
 from velopath.runfolder import RunFolder
 from velopath.runlineage import kept_steps
 from velopath.schedule import LrPath
@@ -90,14 +90,17 @@ class Run:
     def open(cls, config: RunConfig, path: Path, command: str) -> Run:
         """A new run in `path`, or the one that is there if its configuration is the same (else `ConfigError`).
 
-        Until the first step is recorded there is nothing to continue, and any configuration is taken.
+        Until a first step is recorded or saved there is nothing to continue, and any configuration is taken. Lengths in
+        tokens become steps here, by the run's tokens per step; what is recorded has steps.
         """
         dist = init_from_env(config.train.device)
         folder = RunFolder(path, create=True)
         recorded = folder.path / "config.yaml"
-        if recorded.exists() and any(r.get("kind") == "step" for r in folder.records()):
+        if has_begun(folder):
             known = _on_ranks(recorded_config(folder), folder, dist, config.train.micro_rows)
+            config = in_steps(config, known.train.rows * dist.world * known.train.row_tokens)
             check_unchanged(known, config, recorded, dist.world)
+        config = in_steps(config, config.train.rows * dist.world * config.train.row_tokens)
         return cls(config, folder, dist, command)
 
     @classmethod

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from velopath.config import RunConfig, load_config, validate_config
-from velopath.configured_plan import plan_of
+from velopath.configured_plan import in_steps, plan_of
 from velopath.errors import ConfigError, DataError
+from velopath.plan import token_steps
 from velopath.runchange import PENDING, change, pending
 from velopath.runfolder import RunFolder
 from velopath.runlineage import kept_steps
@@ -34,6 +35,32 @@ def recorded_config(folder: RunFolder) -> RunConfig:
     ):  # as it will be once the next writer has completed it
         return validate_config(yaml.safe_load(begun["config"]), where=PENDING)
     return load_config(path)
+
+
+def has_begun(folder: RunFolder) -> bool:
+    """Whether the run in `folder` has a configuration and a step that was recorded or saved: something to continue."""
+    if not (folder.path / "config.yaml").exists():
+        return False
+    saved = kept_steps(folder.path / "checkpoints" / "main")
+    return bool(saved) or any(r.get("kind") == "step" for r in folder.records())
+
+
+def recorded_tokens_per_step(folder: RunFolder) -> int | None:
+    """Tokens of a step of the run in `folder`, all ranks together; None before it was opened for the first time."""
+    about = folder.read_json("run.json")
+    rows = about.get("global_rows") if isinstance(about, dict) else None
+    return rows * recorded_config(folder).train.row_tokens if isinstance(rows, int) else None
+
+
+def planned_config(config: RunConfig, path: Path) -> tuple[RunConfig, int]:
+    """`config` with lengths in steps, and the tokens of a step, all ranks together, that make them so.
+
+    These are the recorded ones of the run in `path`, where one has begun, else those of `config` on one rank.
+    """
+    folder = RunFolder(path) if path.is_dir() else None
+    recorded = recorded_tokens_per_step(folder) if folder is not None and has_begun(folder) else None
+    tokens = recorded or config.train.rows * config.train.row_tokens
+    return in_steps(config, tokens), tokens
 
 
 def slice_folders(config: RunConfig, name: str) -> dict[str, str | Path]:
@@ -78,14 +105,15 @@ def add_slice(
     name: str,
     root: str | Path,
     *,
-    steps: int,
+    steps: int | None = None,
+    tokens: int | None = None,
     replay: float = 0.0,
     targets: Mapping[str, float] | None = None,
     branch_share: float | None = None,
     shape: str | None = None,
 ) -> RunConfig:
-    """Append slice `name` of `steps` steps: the domains of `root`, and a share `replay` of the domains that only
-    earlier slices have, from the newest that has each.
+    """Append slice `name` of `steps` steps, or of the steps that read `tokens`: the domains of `root`, and a share
+    `replay` of the domains that only earlier slices have, from the newest that has each.
 
     Within both parts the shares are those of the tokens. `targets` are target losses by domain for the controller.
     `branch_share` and `shape` are those of the version cut here (None: the run's). The same slice again changes
@@ -95,7 +123,9 @@ def add_slice(
     _check_name(folder, config, name)
     root = root if is_url(root) else Path(root).expanduser().resolve()
     own = {"branch_share": branch_share, "shape": shape}
-    entry = _new_slice(config, root, steps, replay) | {k: v for k, v in own.items() if v is not None}
+    entry = _new_slice(config, root, _length(folder, steps, tokens), replay) | {
+        k: v for k, v in own.items() if v is not None
+    }
     event = {
         "event": "slice",
         "name": name,
@@ -179,6 +209,18 @@ def _new_slice(config: RunConfig, root: str | Path, steps: int, replay: float) -
     weights = {d: (1 - replay) * n / sum(tokens.values()) for d, n in tokens.items()}
     weights |= {d: replay * n / sum(old.values()) for d, n in old.items()}
     return {"root": str(root), "steps": steps, "weights": weights, "replay": sources}
+
+
+def _length(folder: RunFolder, steps: int | None, tokens: int | None) -> int:
+    """The new slice's steps; those of a length in tokens by the run's own tokens per step, which never change."""
+    if steps is not None and tokens is None:
+        return steps
+    if steps is not None or tokens is None:
+        raise ConfigError(f"steps {steps} and tokens {tokens} were given for the slice; expected one of them")
+    per_step = recorded_tokens_per_step(folder)
+    if per_step is None:
+        raise ConfigError(f"the run has not been opened yet, so {tokens} tokens are no steps; give its steps")
+    return token_steps(tokens, per_step)
 
 
 def _tokens(root: str | Path, domains: list[str]) -> dict[str, int]:

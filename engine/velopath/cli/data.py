@@ -25,7 +25,15 @@ def add(
     root: Annotated[
         str, typer.Argument(help="its prepared folder or URL: new domains, or more data of old ones")
     ],
-    steps: Annotated[int, typer.Option(help="updates of the main path on it", min=1)],
+    steps: Annotated[
+        int | None, typer.Option(help="updates of the main path on it; or give --tokens", min=1)
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="tokens of the main path on it, such as 2e9; the steps that read them are recorded"
+        ),
+    ] = None,
     replay: Annotated[
         float, typer.Option(help="share of its tokens that come from domains which only earlier slices have")
     ] = 0.0,
@@ -51,11 +59,12 @@ def add(
 
     Examples:
       velopath data add runs/2026 2026q3 data/2026q3 --steps 10000 --replay 0.2
-      velopath data add runs/2026 2026q4 data/2026q4 --steps 10000 --branch-share 0.3 --shape knee
+      velopath data add runs/2026 2026q4 data/2026q4 --tokens 2e9 --branch-share 0.3 --shape knee
     """
+    from velopath.config_lengths import whole_tokens
     from velopath.configured_plan import plan_of, slice_steps
     from velopath.runchange import writing
-    from velopath.runconfig import add_slice
+    from velopath.runconfig import add_slice, recorded_tokens_per_step
 
     targets = {}
     for text in target or []:
@@ -64,22 +73,27 @@ def add(
             targets[domain] = float(value)
         except ValueError:
             raise ConfigError(f"--target {text!r}; expected DOMAIN=NATS, such as code=1.2") from None
+    if (steps is None) == (tokens is None):
+        raise ConfigError("a slice has one length: give either --steps or --tokens")
     with writing(run) as folder:
         config = add_slice(
             folder,
             name,
             root,
             steps=steps,
+            tokens=None if tokens is None else whole_tokens(tokens),
             replay=replay,
             targets=targets,
             branch_share=branch_share,
             shape=shape,
         )
+        per_step = recorded_tokens_per_step(folder)
     entry = config.data.slices[name]
     lengths = slice_steps(config)
     first = sum(count for other, count in lengths.items() if other != name)
+    read = "" if per_step is None else f" ({lengths[name] * per_step:,} tokens)"
     typer.echo(
-        f"{name}: steps {first:,} to {first + lengths[name]:,} of the main path, from {redact(entry.root)}"
+        f"{name}: steps {first:,} to {first + lengths[name]:,} of the main path{read}, from {redact(entry.root)}"
     )
     (branch,) = (b for b in plan_of(config).branches if b.slice == name)
     typer.echo(f"  {branch.name}: {branch.shape} over {branch.steps:,} steps from step {branch.start_step:,}")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
-from velopath.cli.show import show_plan, table
+from velopath.cli.show import length_table, show_plan, table
 from velopath.config import RunConfig
-from velopath.configured_plan import branch_path, costs_of, main_path, plan_of, slice_steps
+from velopath.configured_plan import branch_path, costs_of, lengths_of, main_path, plan_of, slice_steps
 from velopath.plan import Plan
-from velopath.runconfig import slice_folders
+from velopath.runconfig import planned_config, slice_folders
 from velopath.stream import open_sampler
 from velopath.stream_data import read_settings, read_table
 
@@ -20,6 +21,8 @@ MIXTURE_STEPS = 100
 def show_dry_run(config: RunConfig, folder: Path) -> None:
     """Print the resolved config, the plan, the mixture as the sampler realises it, the rates and an estimate."""
     out = Console()
+    given = config
+    config, tokens_per_step = planned_config(config, folder)
     out.rule("resolved config")
     out.print(config.to_yaml(), highlight=False, markup=False)
     out.print(
@@ -27,6 +30,8 @@ def show_dry_run(config: RunConfig, folder: Path) -> None:
     )
     plan = plan_of(config)
     show_plan(costs_of(config), plan)
+    lengths = [asdict(length) for length in lengths_of(given, tokens_per_step)]
+    table(*length_table(lengths, tokens_per_step))
     _mixture(config)
     _rates(config, plan)
     _estimate(config, plan.steps)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from velopath.config import RunConfig
     from velopath.plan import CostTable, Plan
     from velopath.plan_price import Price
-    from velopath.proxy_points import training_steps
 
 
 def plan(
@@ -27,13 +26,19 @@ def plan(
             "--versions",
             "-n",
             min=1,
-            help="N, without a config; default 4, or as often as --steps or --alpha is given",
+            help="N, without a config; default 4, or as often as --steps, --tokens or --alpha is given",
         ),
     ] = None,
     steps: Annotated[
         list[int] | None,
         typer.Option(
             "--steps", "-t", help="T: steps of one slice; repeat it once per version for unequal slices"
+        ),
+    ] = None,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="T in tokens, such as 2e9, in the place of --steps; needs --tokens-per-step or --measured"
         ),
     ] = None,
     alpha: Annotated[
@@ -43,7 +48,7 @@ def plan(
         ),
     ] = None,
     tokens_per_step: Annotated[
-        int | None, typer.Option(help="global batch; default the config's on one rank")
+        int | None, typer.Option(help="global batch; default the run folder's, or the config's on one rank")
     ] = None,
     tokens_per_second: Annotated[float | None, typer.Option(help="throughput of all GPUs together")] = None,
     measured: Annotated[
@@ -67,32 +72,39 @@ def plan(
     Examples:
       velopath plan --versions 4 --steps 1000 --alpha 0.6 --png plan.png
       velopath plan --steps 1000 --alpha 0.6 --alpha 0.4 --alpha 0.2
+      velopath plan --tokens 2e9 --tokens 5e8 --tokens-per-step 131072
       velopath plan run.yaml --measured runs/2026 --gpus 8 --price 2.5 --csv plan.csv
       velopath plan --actual runs/2026
     """
-    from velopath.configured_plan import costs_of, plan_of
+    from dataclasses import asdict
+
+    from velopath.configured_plan import costs_of, in_steps, lengths_of, plan_of
     from velopath.plan import cost_table, make_plan
+    from velopath.plan_lengths import plan_lengths
     from velopath.plan_price import plan_json
 
     if actual is not None:
         _actual(actual, as_json)
         return
-    loaded = None
     if config is not None:
-        from velopath.cli.train import resolve
-
-        if versions or steps or alpha:
+        if versions or steps or tokens or alpha:
             raise ConfigError(
-                "--versions, --steps and --alpha are for a plan without a config; give overrides instead, such as "
-                "path.branch_share=0.5 or data.slices.NAME.branch_share=0.4"
+                "--versions, --steps, --tokens and --alpha are for a plan without a config; give overrides instead, "
+                "such as path.branch_share=0.5 or data.slices.NAME.branch_share=0.4"
             )
-        loaded, _ = resolve(config, overrides or [], None)
+        given, batch = _loaded(config, overrides or [])
+        paid = _price(given, batch, measured, tokens_per_step, tokens_per_second, gpus, price, parameters)
+        assert paid.tokens_per_step is not None
+        lengths = lengths_of(given, paid.tokens_per_step)
+        loaded = in_steps(given, paid.tokens_per_step)
         costs, made = costs_of(loaded), plan_of(loaded)
     else:
-        lengths, shares = _versions(versions, steps or [1000], alpha or [0.6])
-        costs, made = cost_table(lengths, shares), make_plan(lengths, shares)
-    paid = _price(loaded, measured, tokens_per_step, tokens_per_second, gpus, price, parameters)
+        paid = _price(None, None, measured, tokens_per_step, tokens_per_second, gpus, price, parameters)
+        slices, shares, asked = _versions(versions, steps, tokens, alpha, paid.tokens_per_step)
+        costs, made = cost_table(slices, shares), make_plan(slices, shares)
+        lengths = plan_lengths(made, paid.tokens_per_step, asked) if paid.tokens_per_step else []
     value = plan_json(dict(made.slices), made.branch_shares, paid)
+    value["lengths"] = [asdict(length) for length in lengths]
     if as_json:
         import json
 
@@ -106,23 +118,54 @@ def plan(
     _files(costs, made, value, png, html, csv, as_json)
 
 
-def _versions(versions: int | None, steps: list[int], alpha: list[float]) -> tuple[list[int], list[float]]:
-    """Steps and branch share of each version: what is given once holds for all of them."""
-    counts = {"--steps": len(steps), "--alpha": len(alpha)}
-    told = {option: count for option, count in counts.items() if count > 1}
+def _loaded(config: Path, overrides: list[str]) -> tuple[RunConfig, int]:
+    """The configuration, and the tokens of a step: those of a run folder, else those of a config on one rank."""
+    from velopath.cli.train import resolve
+    from velopath.runconfig import recorded_tokens_per_step
+    from velopath.runfolder import RunFolder
+
+    loaded, _ = resolve(config, overrides, None)
+    recorded = recorded_tokens_per_step(RunFolder(config)) if config.is_dir() else None
+    return loaded, recorded or loaded.train.rows * loaded.train.row_tokens
+
+
+def _versions(
+    versions: int | None,
+    steps: list[int] | None,
+    tokens: list[str] | None,
+    alpha: list[float] | None,
+    tokens_per_step: int | None,
+) -> tuple[dict[str, int], list[float], dict[str, int | None]]:
+    """Slices in steps, branch shares and tokens asked for: what is given once holds for all versions."""
+    from velopath.config_lengths import whole_tokens
+    from velopath.plan import token_steps
+
+    if steps and tokens:
+        raise ConfigError("--steps and --tokens exclude each other; give one")
+    if tokens and tokens_per_step is None:
+        raise ConfigError("--tokens need the tokens of a step: give --tokens-per-step, or --measured RUN")
+    asked: list[int | None] = [whole_tokens(text) for text in tokens or []]
+    lengths = [token_steps(n, tokens_per_step or 1) for n in asked if n is not None] or steps or [1000]
+    shares = alpha or [0.6]
+    told = {"--tokens" if tokens else "--steps": len(lengths), "--alpha": len(shares)}
+    told = {option: count for option, count in told.items() if count > 1}
     told |= {"--versions": versions} if versions is not None else {}
     if len(set(told.values())) > 1:
         words = ", ".join(f"{option} for {count}" for option, count in told.items())
         raise ConfigError(
-            f"the options are for different numbers of versions: {words}; give --steps and --alpha once, or once per "
+            f"the options are for different numbers of versions: {words}; give a length and --alpha once, or once per "
             "version"
         )
     count = next(iter(told.values()), 4)
-    return steps * (count // len(steps)), alpha * (count // len(alpha))
+    names = [f"slice-{i}" for i in range(1, count + 1)]
+    lengths, shares = lengths * (count // len(lengths)), shares * (count // len(shares))
+    asked = asked * (count // len(asked)) if asked else [None] * count
+    return dict(zip(names, lengths, strict=True)), shares, dict(zip(names, asked, strict=True))
 
 
 def _price(
     config: RunConfig | None,
+    batch: int | None,
     measured: Path | None,
     tokens_per_step: int | None,
     tokens_per_second: float | None,
@@ -131,15 +174,14 @@ def _price(
     parameters: float | None,
 ) -> Price:
     """The price of a step, from the options, the config's batch and evaluations, or a run that was measured."""
+    from velopath.configured_plan import in_steps, main_path
     from velopath.controllers import needs_targets
     from velopath.plan_price import Price
+    from velopath.proxy_points import training_steps
 
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"tokens_per_step": batch}
     if config is not None:
-        train = config.train
-        facts = {"tokens_per_step": train.rows * train.row_tokens, "every": config.control.every}
-        proxy = config.control.targets is None and needs_targets(config.control.controller)
-        facts["proxy_steps"] = training_steps(config.proxy, config.path.warmup_steps) if proxy else 0
+        facts["every"] = config.control.every
         domains = _domains(config)
         facts["evaluation_tokens"] = config.control.heldout_tokens * domains
         facts["version_tokens"] = config.evaluate.tokens * domains
@@ -158,6 +200,9 @@ def _price(
         facts["tokens_per_second"] = median(float(r["tokens_per_second"]) for r in records)
     given = {"tokens_per_step": tokens_per_step, "tokens_per_second": tokens_per_second}
     facts |= {name: value for name, value in given.items() if value is not None}
+    if config is not None and config.control.targets is None and needs_targets(config.control.controller):
+        warmup = main_path(in_steps(config, facts["tokens_per_step"])).warmup_steps
+        facts["proxy_steps"] = training_steps(config.proxy, warmup)
     return Price(gpus=gpus, gpu_hour=gpu_hour, parameters=parameters, **facts)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -73,6 +73,27 @@ def plan_tables(costs: CostTable, plan: Plan) -> list[tuple[str, list[str], list
             "",
         ),
     ]
+
+
+def length_table(
+    lengths: Sequence[Mapping[str, Any]], tokens_per_step: int
+) -> tuple[str, list[str], list[list[str]], str]:
+    """(title, head, rows, caption) of the lengths of a plan: as they were asked for, in steps and in tokens."""
+    rows = [
+        [
+            f"{row['kind']} {row['name']}".strip(),
+            "" if row["asked_tokens"] is None else f"{row['asked_tokens']:,}",
+            f"{row['steps']:,}",
+            f"{row['tokens']:,}",
+        ]
+        for row in lengths
+    ]
+    return (
+        f"Lengths at {tokens_per_step:,} tokens a step",
+        ["length of", "tokens asked for", "steps", "tokens"],
+        rows,
+        "A run turns lengths in tokens into whole steps once, by the tokens of its steps on all ranks.",
+    )
 
 
 def show_targets(targets: Targets) -> None:

@@ -6,7 +6,7 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from velopath.cli.show import plan_tables, table
+from velopath.cli.show import length_table, plan_tables, table
 
 if TYPE_CHECKING:
     from velopath.plan import CostTable, Plan
@@ -15,7 +15,7 @@ WORDS = {"ptfs": "PTFS", "cpt": "CPT", "wsd_s": "WSD-S", "switching": "switching
 
 
 def show_price(value: dict[str, Any]) -> None:
-    """Totals, what-if, break-even and storage."""
+    """Lengths in tokens, totals, what-if, break-even and storage."""
     for title, head, rows, caption in tables(value):
         table(title, head, rows, caption)
 
@@ -82,7 +82,9 @@ def tables(value: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]],
     if value["branch_share"] is None:
         steps = totals["switching"]["steps"]
         alphas.insert(0, ["as planned", f"{steps:,}", f"{steps / ptfs:.1%}", f"{steps / cpt:.1%}"])
+    lengths = value["lengths"]
     return [
+        *([length_table(lengths, value["price"]["tokens_per_step"])] if lengths else []),
         ("All versions under each method", head, methods, f"{words}."),
         (
             "What if: switching with one branch share for all versions",
