@@ -25,6 +25,7 @@ from velopath import LrPath, Session, Velocitune, open_sampler
 from velopath.adapters.hf import HiddenModel, SessionTrainer, add_domain_loss
 from velopath.errors import ConfigError, DataError
 from velopath.evaluate import HeldOut, evaluate
+from velopath.schedule_tokens import BatchRamp, TokenPath
 
 SHAPE = {
     "vocab_size": 64,
@@ -60,6 +61,7 @@ def trainer(
     micro_rows: int = 2,
     held_out: bool = True,
     callbacks: Any = None,
+    path: LrPath | TokenPath = PATH,
     **options: Any,
 ) -> Iterator[SessionTrainer]:
     """12 steps of 4 rows on three domains, a control every 4 steps."""
@@ -70,7 +72,7 @@ def trainer(
     )  # fmt: skip
     with open_sampler(data, rows=4, row_tokens=32, seed=5, **options) as sampler:
         controller = Velocitune(dict.fromkeys(sampler.names, 0.5))
-        session = Session(sampler, PATH, controller=controller, every=4)
+        session = Session(sampler, path, controller=controller, every=4)
         model, heldout = llama(), HeldOut.open(data, row_tokens=32)
         yield SessionTrainer(
             model,
@@ -109,6 +111,22 @@ def test_trains_pushes_stops_and_resumes_exactly(data: Path, tmp_path: Path) -> 
         assert second.session.state_dict() == session.state_dict()
         for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_a_path_in_tokens_stops_and_resumes(data: Path, tmp_path: Path) -> None:
+    """128 tokens an update: the lengths of PATH times 128 are the same path. A session's batch does not grow."""
+    tokens = TokenPath(LrPath.main(1e-2, 3 * 128), BatchRamp.constant(128)).branch(6, 6 * 128, "linear")
+    with trainer(data, tmp_path, path=tokens, held_out=False, callbacks=[StopAt(7)]) as first:
+        first.train()
+    with trainer(data, tmp_path, path=tokens, held_out=False) as second:
+        second.train(resume_from_checkpoint=True)
+        assert history(second, "learning_rate") == pytest.approx([PATH.rate(n) for n in range(12)], rel=1e-12)
+    grown = TokenPath(LrPath.main(1e-2), BatchRamp(((0, 128), (5, 256))))
+    message = (
+        "counts 256 tokens an update from step 5 on, the sampler's steps have 128; a session's batch does not"
+    )
+    with pytest.raises(ConfigError, match=message), trainer(data, tmp_path, path=grown):
+        pass
 
 
 def test_micro_batches_weigh_by_their_tokens(data: Path, tmp_path: Path) -> None:

@@ -186,6 +186,28 @@ def test_the_groups_of_an_optimiser_carry_the_paths_rate(kind: str, scheduler: A
         schedule.step()
 
 
+@pytest.mark.parametrize("scheduler", [PathLR, lambda o, p: LambdaLR(o, p.multiplier)])
+def test_the_groups_carry_the_rate_of_the_tokens_read_while_the_batch_grows(scheduler: Any) -> None:
+    """100 tokens an update, 200 from update 10 on, 300 from 20: a warm-up of 1,000 tokens, a decay of 2,400 from 20."""
+    ramp = BatchRamp(((0, 100), (10, 200), (20, 300)))
+    path = TokenPath(LrPath.main(PEAK, 1000), ramp).branch(20, 2400, "linear", floor=PEAK / 10)
+    expected = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 20: 1.0, 22: 0.775, 24: 0.55, 26: 0.325, 28: 0.1, 40: 0.1}
+    optimizer = optimizer_of(path.peak)
+    schedule = scheduler(optimizer, path)
+    for step in range(41):
+        if step == 23:  # resume in a new process
+            state, groups = json.loads(json.dumps(schedule.state_dict())), optimizer.state_dict()
+            optimizer = optimizer_of(path.peak)
+            schedule = scheduler(optimizer, path)
+            optimizer.load_state_dict(groups)
+            schedule.load_state_dict(state)
+        if step in expected:
+            big, small = (float(group["lr"]) / PEAK for group in optimizer.param_groups)
+            assert (big, 10 * small) == pytest.approx((expected[step],) * 2, rel=1e-12), step
+        optimizer.step()
+        schedule.step()
+
+
 def test_another_path_on_resume_is_an_error_with_a_diff() -> None:
     path = LrPath.main(PEAK, 10)
     schedule = PathLR(optimizer_of(PEAK), path)
@@ -230,3 +252,42 @@ def test_in_the_trainer_of_transformers(tmp_path: Any) -> None:
     )
     trainer.train()
     assert seen == pytest.approx([path.rate(step) for step in range(12)], rel=1e-12)
+
+
+def test_in_the_trainer_of_transformers_while_the_batch_grows(tmp_path: Any) -> None:
+    """A dataloader of 2, then 4 rows of 8 tokens: every update has the rate of the tokens read before it."""
+    import transformers  # slow to import: only here
+
+    ramp = BatchRamp(((0, 16), (4, 32)))
+    path = TokenPath(LrPath.main(PEAK, 64), ramp).branch(6, 128, "linear")
+    seen: list[tuple[int, float]] = []
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(8, 1)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            seen.append((x.numel(), float(optimizer.param_groups[0]["lr"])))
+            return {"loss": self.inner(x).square().mean()}
+
+    class Growing(transformers.Trainer):  # type: ignore[misc,name-defined]
+        def get_train_dataloader(self) -> Any:
+            ends = [ramp.tokens_before(step) // 8 for step in range(11)]
+            batches = [list(range(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
+            rows = [{"x": torch.ones(8)} for _ in range(ends[-1])]
+            return torch.utils.data.DataLoader(rows, batch_sampler=batches)  # type: ignore[arg-type]
+
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK)
+    options = {"max_steps": 10, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    trainer = Growing(
+        model=model,
+        args=transformers.TrainingArguments(output_dir=str(tmp_path), **options),
+        optimizers=(optimizer, LambdaLR(optimizer, path.multiplier)),
+    )
+    trainer.train()
+    # warm-up of 64 tokens in 4 updates; the decay from update 6 on, 32 of 128 tokens an update
+    rates = [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert [tokens for tokens, _ in seen] == [16] * 4 + [32] * 6
+    assert [rate / PEAK for _, rate in seen] == pytest.approx(rates, rel=1e-12)

@@ -1,4 +1,9 @@
-"""Learning-rate paths measured in tokens: the rate follows what was read, also while the batch grows."""
+"""Learning-rate paths measured in tokens: the rate follows what was read, also while the batch grows.
+
+For trainers of one's own (torch's LambdaLR, `PathLR`, Hugging Face's Trainer). A run of velopath's and a `Session` keep
+their batch: the order of rows, the log of weights, replay, resume on other ranks, exposure and the cost of versions
+all count steps of equally many rows. Their lengths may be given in tokens all the same (`data.slices.NAME.tokens`).
+"""
 
 from __future__ import annotations
 

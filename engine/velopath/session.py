@@ -34,6 +34,7 @@ from velopath.controllers import Controller
 from velopath.domains import DomainLoss, MixtureWeights, Progress
 from velopath.errors import ConfigError, VelopathError
 from velopath.schedule import LrPath
+from velopath.schedule_tokens import TokenPath
 from velopath.signals import Anchored
 from velopath.stream import Sampler, TokenBatch
 from velopath.stream_order import next_hash
@@ -50,7 +51,8 @@ class Sums(Protocol):
 class Session:
     """One stretch of training on one sampler: hands out batches and rates, turns losses into weights.
 
-    `path` gives the rate of each step. `controller` (None: the weights stay) is asked every `every` steps, counted
+    `path` gives the rate of each step; one in tokens must count those of the sampler's steps, which do not grow, else
+    `ConfigError`. `controller` (None: the weights stay) is asked every `every` steps, counted
     from the sampler's first step. `reduce` adds a (2, K) array over ranks (default: one rank). `record` receives
     one dict per control, for a log; give it on rank 0 only. `segment` names the stretch in those records; `end` is the
     step at which it is planned to end, for controllers that plan ahead. With `shadow` the controller observes, proposes
@@ -60,7 +62,7 @@ class Session:
     def __init__(
         self,
         sampler: Sampler,
-        path: LrPath,
+        path: LrPath | TokenPath,
         *,
         controller: Controller | None = None,
         every: int = 50,
@@ -72,6 +74,8 @@ class Session:
     ) -> None:
         if every < 1:
             raise ConfigError(f"every is {every}; the controller needs 1 step or more between updates")
+        if isinstance(path, TokenPath):
+            _check_batch(path, sampler.global_rows * sampler.row_tokens)
         self.sampler, self.path, self.controller, self.segment = sampler, path, controller, segment
         self.every, self.end, self.shadow = every, end, shadow
         self.initial: DomainLoss | None = None
@@ -284,6 +288,15 @@ class Session:
         self.signal = Anchored.from_json(state.get("signal", {}))  # a state from before there was one
         if self.controller is not None and state["controller"] is not None:
             self._state = self.controller.state_from_json(state["controller"])
+
+
+def _check_batch(path: TokenPath, tokens: int) -> None:
+    for start, width in path.ramp.stages:
+        if width != tokens:
+            raise ConfigError(
+                f"the path counts {width} tokens an update from step {start} on, the sampler's steps have {tokens}; a "
+                f"session's batch does not grow: use BatchRamp.constant({tokens})"
+            )
 
 
 def _wide(sums: Any) -> Any:

@@ -20,6 +20,7 @@ from velopath.adapters.hf_loss import HiddenModel, add_domain_loss
 from velopath.domains import DomainLoss
 from velopath.errors import ConfigError, DataError
 from velopath.schedule import LrPath
+from velopath.schedule_tokens import TokenPath
 from velopath.session import Session
 
 __all__ = ["HiddenModel", "SessionTrainer", "add_domain_loss", "path_scheduler"]
@@ -28,7 +29,7 @@ STATE = "velopath"  # the session's state among `stateful_callbacks` in a checkp
 Evaluate = Callable[[], Mapping[str, float] | DomainLoss]
 
 
-def path_scheduler(optimizer: torch.optim.Optimizer, path: LrPath, first: int = 0) -> LambdaLR:
+def path_scheduler(optimizer: torch.optim.Optimizer, path: LrPath | TokenPath, first: int = 0) -> LambdaLR:
     """A scheduler whose n-th rate is `path.rate(first + n)`, in all groups; its state is the number of steps."""
     for group in optimizer.param_groups:
         group["initial_lr"] = 1.0
