@@ -127,6 +127,15 @@ def test_begun_is_also_what_was_saved_before_a_step_was_recorded(config: Path, t
     assert done.code == 2 and "data.slices.one.steps: 40 -> 52" in done.err, done.err
 
 
+@pytest.mark.parametrize("value", ["12", 0, 12.5, None, {"x": 1}])
+def test_rows_that_run_json_cannot_have_are_named(run: Path, config: Path, value: Any) -> None:
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**about, "global_rows": value}))
+    for arguments in (("train", run), ("train", config, "--run", run), ("plan", run)):
+        done = velopath(*arguments)
+        assert done.code == 3 and f"global_rows and world are [{value!r}, 1]; expected" in done.err, done.err
+
+
 def test_a_dry_run_and_the_plan_show_both(config: Path, run: Path) -> None:
     text = " ".join(velopath("train", config, "--dry-run").out.split())
     assert "Lengths at 384 tokens a step" in text and "steps: 40" in text

@@ -16,7 +16,7 @@ from velopath.configured_plan import slice_steps
 from velopath.controllers import Controller
 from velopath.domains import DomainLoss, Progress
 from velopath.errors import ConfigError
-from velopath.runconfig import recorded_config
+from velopath.runconfig import recorded_config, recorded_rows
 from velopath.runfolder import Record, RunFolder
 from velopath.targets import Targets
 
@@ -160,6 +160,7 @@ def _fitted(folder: RunFolder, config: RunConfig, slice: str) -> dict[str, float
         steps += count
         if name == slice:
             break
-    rows = (folder.read_json("run.json") or {}).get("global_rows", config.train.rows)
+    recorded = recorded_rows(folder)
+    rows = config.train.rows if recorded is None else recorded[0]
     fitted = Targets.from_json(value).at(steps * rows * config.train.row_tokens, above_last="last")
     return fitted_losses(config.control, fitted)

@@ -35,7 +35,7 @@ from velopath.phases import Phases
 from velopath.plan import Plan
 from velopath.profiling import Profile
 from velopath.runchange import complete
-from velopath.runconfig import has_begun, recorded_config, slice_folders, slice_table
+from velopath.runconfig import has_begun, recorded_config, recorded_rows, slice_folders, slice_table
 from velopath.runfolder import RunFolder
 from velopath.runlineage import kept_steps
 from velopath.schedule import LrPath
@@ -382,10 +382,10 @@ class Run:
 
 def _on_ranks(recorded: RunConfig, folder: RunFolder, dist: Dist, micro_rows: int | None = None) -> RunConfig:
     """The recorded configuration with the rows per rank that keep the rows of a step on the present ranks."""
-    about = folder.read_json("run.json") or {}
-    if "global_rows" not in about:  # killed before its first step
+    rows = recorded_rows(folder)
+    if rows is None:  # killed before its first step
         return recorded
-    return split_rows(recorded, about["global_rows"], about["world"], dist.world, micro_rows)
+    return split_rows(recorded, *rows, dist.world, micro_rows)
 
 
 def _pinned(shape: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -45,11 +45,25 @@ def has_begun(folder: RunFolder) -> bool:
     return bool(saved) or any(r.get("kind") == "step" for r in folder.records())
 
 
+def recorded_rows(folder: RunFolder) -> tuple[int, int] | None:
+    """Rows of a step of the run in `folder`, all ranks together, and the ranks that read them last; None before it was
+    opened for the first time. Raises `DataError`."""
+    about = folder.read_json("run.json")
+    if about is None or (isinstance(about, dict) and "global_rows" not in about):
+        return None
+    found = [about.get(key) for key in ("global_rows", "world")] if isinstance(about, dict) else [about]
+    if not all(type(number) is int and number >= 1 for number in found) or not isinstance(about, dict):
+        raise DataError(
+            f"global_rows and world are {str(found)[:60]}; expected whole numbers, 1 or more",
+            path=folder.path / "run.json",
+        )
+    return about["global_rows"], about["world"]
+
+
 def recorded_tokens_per_step(folder: RunFolder) -> int | None:
     """Tokens of a step of the run in `folder`, all ranks together; None before it was opened for the first time."""
-    about = folder.read_json("run.json")
-    rows = about.get("global_rows") if isinstance(about, dict) else None
-    return rows * recorded_config(folder).train.row_tokens if isinstance(rows, int) else None
+    rows = recorded_rows(folder)
+    return None if rows is None else rows[0] * recorded_config(folder).train.row_tokens
 
 
 def planned_config(config: RunConfig, path: Path) -> tuple[RunConfig, int]:
