@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "best-fit-thread": {"packing": "best_fit"},
     "best-fit-boundaries-thread": {"packing": "best_fit", "boundaries": True},
     "windowed-thread": {"order": "windowed"},
+    "best-fit-windowed-thread": {"packing": "best_fit", "order": "windowed"},
 }
 OURS = {
     "raw-inline": "velopath, raw shards, no thread",
@@ -41,6 +42,7 @@ OURS = {
     "best-fit-thread": "velopath, raw shards, 1 thread, best-fit rows",
     "best-fit-boundaries-thread": "velopath, raw shards, 1 thread, best-fit rows with document boundaries",
     "windowed-thread": "velopath, raw shards, 1 thread, order in windows of shards",
+    "best-fit-windowed-thread": "velopath, raw shards, 1 thread, best-fit rows in windows of shards",
     "push-thread": "velopath, raw shards, 1 thread, weights pushed at every step",
 }
 LIMITS = {
@@ -54,6 +56,7 @@ COSTS = {
     "best-fit rows for joined ones": ("best-fit-thread", "raw-thread"),
     "document boundaries of best-fit rows": ("best-fit-boundaries-thread", "best-fit-thread"),
     "windows of shards": ("windowed-thread", "raw-thread"),
+    "windows of shards, best-fit rows": ("best-fit-windowed-thread", "best-fit-thread"),
     "a push at every step": ("push-thread", "raw-thread"),
 }
 """What an option costs: (with it, without)."""

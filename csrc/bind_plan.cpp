@@ -31,8 +31,9 @@ Drawn plan_rows(const std::vector<u64>& keys, const std::vector<u64>& tokens, co
     for (std::size_t k = 0; k < keys.size(); ++k) {
         domains.push_back({keys[k], tokens[k], bins.empty() ? 0 : bins[k], !bins.empty(), window > 0 ? shards[k] : std::vector<u64>{}});
         const std::vector<u64>& begins = domains.back().shards;
-        if ((!bins.empty() && bins[k] == 0) || (window > 0 && (begins.empty() || begins[0] != 0 || begins.back() >= tokens[k] ||
-                                                               !std::is_sorted(begins.begin(), begins.end()))))
+        const u64 laid = bins.empty() ? tokens[k] : bins[k];
+        if (laid == 0 || (window > 0 && (begins.empty() || begins[0] != 0 || begins.back() >= laid ||
+                                         !std::is_sorted(begins.begin(), begins.end()))))
             throw ConfigError("the arguments of the plan do not fit each other");
     }
     const Exhaustion policy = exhaustion == "repeat"        ? Exhaustion::repeat

@@ -49,7 +49,7 @@ Tokens read_stream(const TokenStream& stream, u64 position, u64 count) {
 using Starts = py::array_t<u64, py::array::c_style>;
 using Pieces = py::array_t<std::uint32_t, py::array::c_style>;
 
-std::shared_ptr<Packing> make_packing(const Starts& starts, const Pieces& pieces, u64 width, std::string path) {
+std::shared_ptr<Packing> make_packing(const Starts& starts, const Pieces& pieces, u64 width, std::string path, std::vector<u64> groups) {
     static_assert(sizeof(Piece) == 3 * sizeof(std::uint32_t));
     if (starts.ndim() != 1 || starts.size() < 2 || pieces.ndim() != 2 || pieces.shape(1) != 3)
         throw ConfigError("the arrays of a packing do not fit each other");
@@ -60,7 +60,7 @@ std::shared_ptr<Packing> make_packing(const Starts& starts, const Pieces& pieces
     });
     const auto bins = static_cast<u64>(starts.size()) - 1, count = static_cast<u64>(pieces.shape(0));
     const auto* const first = reinterpret_cast<const Piece*>(pieces.data());
-    return std::make_shared<Packing>(starts.data(), bins, first, count, width, std::move(path), owner);
+    return std::make_shared<Packing>(starts.data(), bins, first, count, width, std::move(groups), std::move(path), owner);
 }
 
 }  // namespace
@@ -74,8 +74,11 @@ void bind_stream(py::module_& m) {
         .def_property_readonly("documents", &TokenStream::documents)
         .def_property_readonly("lengths", [](const TokenStream& s) { return as_array(s.lengths()); })
         .def_property_readonly("shard_positions", [](const TokenStream& s) { return as_array(s.shard_positions()); })
+        .def_property_readonly("shard_documents", [](const TokenStream& s) { return as_array(s.shard_documents()); })
         .def("read", &read_stream, py::arg("position"), py::arg("count"));
     py::class_<Packing, std::shared_ptr<Packing>>(m, "Packing")
-        .def(py::init(&make_packing), py::arg("starts"), py::arg("pieces"), py::kw_only(), py::arg("width"), py::arg("path"))
-        .def_property_readonly("bins", &Packing::bins);
+        .def(py::init(&make_packing), py::arg("starts"), py::arg("pieces"), py::kw_only(), py::arg("width"), py::arg("path"),
+             py::arg("groups") = std::vector<u64>{})
+        .def_property_readonly("bins", &Packing::bins)
+        .def_property_readonly("groups", [](const Packing& p) { return as_array(p.groups()); });
 }

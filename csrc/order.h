@@ -17,7 +17,8 @@ struct Epoch {
 
 // The bijection on [0, rows) that shuffles the shards, cuts that order into windows of `window` shards and shuffles the
 // rows inside each window. A row belongs to the shard that it begins in, so that while a window is read at most `window`
-// shards and those right behind them (where a last row ends) are touched. Pure in its arguments; 32 bytes a shard.
+// shards and those right behind them (where a last row ends) are touched. Bins are rows of one "token", their groups
+// "shards", laid from 0 on: then a window touches the shards of its groups alone. Pure in its arguments; 32 bytes a shard.
 class WindowedOrder {
 public:
     // shards: where each begins in the stream, ascending from 0.

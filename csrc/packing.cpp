@@ -8,11 +8,14 @@
 namespace velopath {
 
 Packing::Packing(const std::uint64_t* starts, std::uint64_t bins, const Piece* pieces, std::uint64_t piece_count, std::uint64_t width,
-                 std::string path, std::shared_ptr<const void> owner)
-    : starts_(starts), bins_(bins), pieces_(pieces), width_(width), path_(std::move(path)), owner_(std::move(owner)) {
+                 std::vector<std::uint64_t> groups, std::string path, std::shared_ptr<const void> owner)
+    : starts_(starts), bins_(bins), pieces_(pieces), width_(width), groups_(std::move(groups)), path_(std::move(path)),
+      owner_(std::move(owner)) {
     bool sound = starts[0] == 0 && starts[bins] == piece_count;
     for (std::uint64_t b = 0; b < bins && sound; ++b) sound = starts[b] < starts[b + 1];
-    for (std::uint64_t b = 0; b < bins && sound; ++b) sound = tokens(b) <= width;
+    for (std::uint64_t b = 0; b < bins && sound; ++b) sound = tokens(b) - 1 < width;
+    for (std::size_t i = 0; i < groups_.size() && sound; ++i)
+        sound = i == 0 ? groups_[0] == 0 : groups_[i - 1] < groups_[i] && groups_[i] < bins;
     if (!sound) throw DataError("the bins do not fit each other; remove the file, it is computed anew", path_);
 }
 
@@ -33,6 +36,12 @@ std::uint64_t Packing::read(const TokenStream& stream, std::uint64_t bin, std::i
     }
     std::fill(out + filled, out + width_, padding);
     return filled;
+}
+
+std::vector<std::uint32_t> Packing::shards_of(const TokenStream& stream, std::uint64_t bin) const {
+    std::vector<std::uint32_t> result;
+    for (std::uint64_t p = starts_[bin]; p < starts_[bin + 1]; ++p) result.push_back(stream.shard_of_document(pieces_[p].document));
+    return result;
 }
 
 }  // namespace velopath

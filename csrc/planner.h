@@ -37,7 +37,7 @@ struct Domain {
     u64 tokens = 0;       // of its circular stream
     u64 rows = 0;         // of an epoch; 0: floor(tokens / row_tokens)
     bool packed = false;  // rows are bins, not parts of the stream
-    std::vector<u64> shards = {};  // where each begins in the stream
+    std::vector<u64> shards = {};  // where each begins in the stream; of bins: where each group of shards begins in them
 };
 
 // The number-th row drawn of a domain, counting through all epochs.
@@ -55,7 +55,7 @@ struct Place {
 
 class Planner {
 public:
-    // window: shards of a window of the order, 0 for the order over the whole domain.
+    // window: shards (of bins: groups) of a window of the order, 0 for the order over the whole domain.
     Planner(std::vector<Domain> domains, u64 seed, u64 global_rows, u64 row_tokens, Exhaustion exhaustion, u64 window = 0)
         : domains_(std::move(domains)), seed_(seed), global_rows_(global_rows), row_tokens_(row_tokens), exhaustion_(exhaustion),
           window_(window), windowed_(domains_.size()) {
@@ -112,8 +112,9 @@ private:
         Kept& kept = windowed_[k][epoch % 2];
         if (!kept.order || kept.epoch != epoch) {
             const Domain& domain = domains_[k];
-            kept = {epoch, std::make_shared<const WindowedOrder>(Epoch{domain.tokens, row_tokens_, domain.rows, offset}, domain.shards, window_,
-                                                                  make_key(Use::window, seed_, domain.key, epoch))};
+            // Bins are a stream of themselves: each a row of one, which begins in its group.
+            const Epoch laid = domain.packed ? Epoch{domain.rows, 1, domain.rows, 0} : Epoch{domain.tokens, row_tokens_, domain.rows, offset};
+            kept = {epoch, std::make_shared<const WindowedOrder>(laid, domain.shards, window_, make_key(Use::window, seed_, domain.key, epoch))};
         }
         return kept.order;
     }

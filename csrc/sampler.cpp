@@ -16,7 +16,7 @@ std::vector<Domain> describe(const std::vector<Source>& sources, const std::vect
     for (std::size_t k = 0; k < sources.size(); ++k) {
         const auto& [stream, packing] = sources[k];
         const u64 rows = packing ? packing->bins() : 0;
-        domains.push_back({keys.at(k), stream->tokens(), rows, packing != nullptr, stream->shard_positions()});
+        domains.push_back({keys.at(k), stream->tokens(), rows, packing != nullptr, packing ? packing->groups() : stream->shard_positions()});
     }
     return domains;
 }
@@ -32,6 +32,9 @@ Sampler::Sampler(std::vector<Source> sources, std::vector<u64> keys, const Setti
       released_(settings.staged ? settings.start_step : ~u64{0}) {
     for (std::size_t k = 0; k < sources_.size(); ++k)
         if (planner_.epoch_rows(k) == 0) throw ConfigError("a domain has fewer tokens than a row");
+    for (const Source& source : sources_)
+        if (settings.window > 0 && source.packing && source.packing->groups().empty())
+            throw ConfigError("bins that reach over all shards have no order in windows; group them");
     for (std::size_t i = 0; i < slots_.size(); ++i) slots_[i].buffer = buffers.at(i);
     cursors_.push_back({settings.start_step, std::vector<u64>(sources_.size(), 0), std::vector<i64>(sources_.size(), 0)});
     mixes_.push_back({0, settings.start_step, std::move(shares)});

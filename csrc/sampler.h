@@ -42,7 +42,7 @@ struct Settings {
     u64 threads = 1;   // 0: next() assembles
     u64 prefetch = 8;  // steps ahead
     double stall_seconds = 5;
-    u64 window = 0;  // shards of a window of the order, 0: the order is over the whole domain
+    u64 window = 0;  // shards (of bins: groups) of a window of the order, 0: the order is over the whole domain
     bool boundaries = false;
     std::int32_t padding = 0;  // token behind the documents of a bin
     bool staged = false;       // no step is planned before release() names it: its shards may have to be fetched first

@@ -36,9 +36,10 @@ Scouted Sampler::scout(std::optional<Cursor> from, u64 steps) const {
         cursor = std::move(next);
         auto& needed = result.shards.emplace_back();
         for (u64 r = settings_.rank * settings_.rows; r < (settings_.rank + 1) * settings_.rows; ++r) {
-            const TokenStream& stream = *sources_[rows[r].domain].stream;
-            if (!stream.attachable()) continue;
-            for (const std::uint32_t shard : stream.shards_of(planner_.place(rows[r]).position, settings_.row_tokens + 1))
+            const auto& [stream, packing] = sources_[rows[r].domain];
+            if (!stream->attachable()) continue;
+            const u64 at = planner_.place(rows[r]).position;
+            for (const std::uint32_t shard : packing ? packing->shards_of(*stream, at) : stream->shards_of(at, settings_.row_tokens + 1))
                 needed.emplace_back(rows[r].domain, shard);
         }
         std::sort(needed.begin(), needed.end());

@@ -136,13 +136,19 @@ void TokenStream::read(std::uint64_t position, std::uint64_t count, std::int32_t
     }
 }
 
-void TokenStream::read_document(std::uint64_t document, std::uint64_t first, std::uint64_t count, std::int32_t* out) const {
+const TokenStream::Part& TokenStream::part_of_document(std::uint64_t document) const {
     const auto after = std::upper_bound(parts_.begin(), parts_.end(), document,
                                         [](std::uint64_t d, const Part& part) { return d < part.first_document; });
     if (after == parts_.begin() || document - (after - 1)->first_document >= (after - 1)->documents)
         throw DataError("a bin asks for document " + std::to_string(document) + ", which is not there or has no tokens; the bins are of "
                         "other data, remove their file", parts_.empty() || attachable_ ? std::string() : parts_.front().mapped->shard.path());
-    const Part& part = *(after - 1);
+    return *(after - 1);
+}
+
+std::uint32_t TokenStream::shard_of_document(std::uint64_t document) const { return part_of_document(document).shard; }
+
+void TokenStream::read_document(std::uint64_t document, std::uint64_t first, std::uint64_t count, std::int32_t* out) const {
+    const Part& part = part_of_document(document);
     std::shared_ptr<const Mapped> pin;
     const Shard& shard = use(part, pin).shard;
     const std::uint64_t i = document - part.first_document;
@@ -172,6 +178,12 @@ std::vector<std::uint32_t> TokenStream::lengths() const {
 std::vector<std::uint64_t> TokenStream::shard_positions() const {
     std::vector<std::uint64_t> result;
     for (const Part& part : parts_) result.push_back(part.first_token);
+    return result;
+}
+
+std::vector<std::uint64_t> TokenStream::shard_documents() const {
+    std::vector<std::uint64_t> result;
+    for (const Part& part : parts_) result.push_back(part.first_document);
     return result;
 }
 

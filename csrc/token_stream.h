@@ -34,12 +34,14 @@ public:
 
     std::vector<std::uint32_t> lengths() const;        // tokens of each document, the end-of-text token included
     std::vector<std::uint64_t> shard_positions() const;  // where each shard that holds tokens begins
+    std::vector<std::uint64_t> shard_documents() const;  // the first document of each of them
 
     // Of an attachable stream, from any thread. attach maps `file` as the content of shard number `shard` and throws
     // DataError where it does not hold the tokens that were counted. After detach the map lives as long as it is read.
     void attach(std::size_t shard, const std::string& file);
     void detach(std::size_t shard);
     std::vector<std::uint32_t> shards_of(std::uint64_t position, std::uint64_t count) const;  // that read() would touch
+    std::uint32_t shard_of_document(std::uint64_t document) const;  // throws DataError as read_document() does
 
 private:
     static constexpr std::uint64_t STRIDE = 64;  // documents per entry of the sparse index: 8 bytes in 64 documents
@@ -62,6 +64,7 @@ private:
     Mapped map(Shard shard, std::uint64_t first_token) const;
     Parts::const_iterator part_at(std::uint64_t position) const;
     Part* part_of(std::size_t shard);
+    const Part& part_of_document(std::uint64_t document) const;
     std::uint64_t part_tokens(const Part& part) const;
 
     // What is mapped of a part; `pin` keeps it in memory where it may be detached meanwhile. Throws VelopathError.

@@ -19,7 +19,7 @@ from velopath.mds import MdsWriter, read_documents
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
-ORDER, OFFSET, SHUFFLE = 1, 2, 3
+ORDER, OFFSET, SHUFFLE, WINDOW = 1, 2, 3, 4
 
 
 def mix(x: int) -> int:
@@ -52,6 +52,17 @@ def permute(x: int, n: int, key: int) -> int:
         x = high * right + low
         if x < n:
             return x
+
+
+def windowed_epoch(parts: Sequence[Sequence[int]], window: int, key: int) -> list[int]:
+    """An epoch's rows in their order, of parts (shards, groups of bins) that hold these rows: parts are shuffled, then
+    the rows inside each `window` of them."""
+    shuffled = [parts[permute(i, len(parts), bits(key, 0))] for i in range(len(parts))]
+    order = []
+    for number, begin in enumerate(range(0, len(parts), window)):
+        rows = [row for part in shuffled[begin : begin + window] for row in part]
+        order += [rows[permute(i, len(rows), bits(key, number + 1))] for i in range(len(rows))]
+    return order
 
 
 def give_row(shares: Sequence[Fraction], error: list[Fraction]) -> int:

@@ -109,6 +109,13 @@ def test_defaults_are_the_documented_ones() -> None:
         ("data.slices.a.steps", 0, r"data\.slices\.a\.steps: .*greater than 0 \(given: 0\)"),
         ("data.slices.a.steps", 2.5, r"data\.slices\.a\.steps: .*integer.*\(given: 2\.5\)"),
         ("data.slices.a.weights", {"x": "much"}, r"weights\.x: .*number.*\(given: 'much'\)"),
+        ("data.bin_shards", 2, r"data\.bin_shards is for data\.packing best_fit"),
+        (
+            "data",
+            {**MINIMAL["data"], "packing": "best_fit", "bin_shards": 9, "order": "windowed"},
+            r"data\.bin_shards is 9, more than data\.window, 8",
+        ),
+        ("data.bin_shards", 0, r"data\.bin_shards: .*greater than 0"),
         ("data.exhaustion", "again", r"data\.exhaustion: .*'repeat'.*\(given: 'again'\)"),
         ("model.overrides", {"hidden_size": "big"}, r"model\.overrides\.hidden_size"),
         ("control.every", 0, r"control\.every: .*greater than 0 \(given: 0\)"),

@@ -185,5 +185,11 @@ def test_wrong_orders_are_refused(root):
         open_sampler(root, order="random")
     with pytest.raises(ConfigError, match="window is 0"):
         open_sampler(root, order="windowed", window=0)
-    with pytest.raises(ConfigError, match="bins of best_fit reach over all shards"):
-        open_sampler(root, row_tokens=20, order="windowed", packing="best_fit")
+    best_fit = {"row_tokens": 20, "order": "windowed", "packing": "best_fit"}
+    with pytest.raises(ConfigError, match="bin_shards is 9, more than the window of 8 shards that is read"):
+        open_sampler(root, **best_fit, bin_shards=9)
+    with pytest.raises(ConfigError, match="bin_shards is 2, but packing 'concat' has no bins; leave it out"):
+        open_sampler(root, row_tokens=20, bin_shards=2)
+    for wrong in (0, True, 1.5):
+        with pytest.raises(ConfigError, match=f"bin_shards is {wrong}; expected a whole number, 1 or more"):
+            open_sampler(root, **best_fit, bin_shards=wrong)

@@ -32,16 +32,31 @@ class TokenStream:
     def shard_positions(self) -> NDArray[np.uint64]:
         """Where each shard that holds tokens begins in the stream."""
 
+    @property
+    def shard_documents(self) -> NDArray[np.uint64]:
+        """The first document of each shard that holds tokens."""
+
     def read(self, position: int, count: int) -> NDArray[np.int32]: ...
 
 class Packing:
-    """Bins of pieces of documents: bin b holds `pieces[starts[b] : starts[b + 1]]`, (document, first token, tokens)."""
+    """Bins of pieces of documents: bin b holds `pieces[starts[b] : starts[b + 1]]`, (document, first token, tokens).
+
+    The bins of a group of shards stand together; `groups` are the first bins of each, none where bins reach over all.
+    """
 
     def __init__(
-        self, starts: NDArray[np.uint64], pieces: NDArray[np.uint32], *, width: int, path: str
+        self,
+        starts: NDArray[np.uint64],
+        pieces: NDArray[np.uint32],
+        *,
+        width: int,
+        path: str,
+        groups: Sequence[int] = (),
     ) -> None: ...
     @property
     def bins(self) -> int: ...
+    @property
+    def groups(self) -> NDArray[np.uint64]: ...
 
 class Sampler:
     """Steps in order, assembled ahead by threads; `velopath.stream.Sampler` is its public face."""
@@ -146,7 +161,7 @@ def plan_rows(
 
     The plan of `Sampler` without its data: `drawn` and `error` as `Sampler.cursor_at(step)` gives them. Fewer steps
     where the stream ends. `bins` are the rows of an epoch where they are not floor(tokens / row_tokens), else empty;
-    `shards` where each shard begins, if `window` is not 0.
+    `shards` where each shard begins, or each group of shards in the bins, if `window`, which counts them, is not 0.
     """
 
 def windowed_order(

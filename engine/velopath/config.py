@@ -53,6 +53,11 @@ class DataConfig(Tree):
         "data are remote, else full",
     )
     window: PositiveInt = Field(8, description="shards read at a time where the order is windowed")
+    bin_shards: PositiveInt | None = Field(
+        None,
+        description="neighbouring shards that a bin of best_fit takes its documents from; null: 1 where the order is "
+        "windowed, else all",
+    )
     cache: str | None = Field(
         None, description="folder for inflated and fetched shards; null: ~/.cache/velopath"
     )
@@ -199,9 +204,12 @@ class RunConfig(Tree):
     health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
-    def _order_fits_packing(self) -> RunConfig:
-        if self.data.packing == "best_fit" and self.data.order == "windowed":
-            raise ValueError("data.packing best_fit fills rows from all shards: data.order must be full")
+    def _bins_fit_window(self) -> RunConfig:
+        data = self.data
+        if data.bin_shards is not None and data.packing != "best_fit":
+            raise ValueError("data.bin_shards is for data.packing best_fit")
+        if data.bin_shards is not None and data.order == "windowed" and data.bin_shards > data.window:
+            raise ValueError(f"data.bin_shards is {data.bin_shards}, more than data.window, {data.window}")
         return self
 
     @field_validator("seed")
@@ -215,8 +223,8 @@ class RunConfig(Tree):
     def row_options(self) -> dict[str, Any]:
         """How rows are made, as keywords of `open_sampler`."""
         data, train = self.data, self.train
-        made = {"packing": data.packing, "order": data.order, "window": data.window}
-        return made | {"boundaries": train.document_mask}
+        made = {"packing": data.packing, "bin_shards": data.bin_shards, "order": data.order}
+        return made | {"window": data.window, "boundaries": train.document_mask}
 
     @property
     def hash(self) -> str:

@@ -6,6 +6,8 @@ overlap, so that no label is lost at a cut, is our choice. Time grows as n log W
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -28,6 +30,24 @@ def best_fit_bins(
     starts = np.zeros(int(bins.max(initial=-1)) + 2, np.uint64)
     starts[1:] = np.cumsum(np.bincount(bins, minlength=len(starts) - 1))
     return starts, pieces[order], int(cut)
+
+
+def best_fit_groups(
+    lengths: NDArray[np.uint32], firsts: Sequence[int], width: int
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32], int]:
+    """`best_fit_bins` of each group of documents by itself, group i from document `firsts[i]` to the next one's.
+
+    Returns `starts`, the first bin of each group, `pieces` and how many documents were cut; a group needs a token.
+    """
+    starts, groups, pieces, cut, at, bins = [np.zeros(1, np.uint64)], [], [], 0, 0, 0
+    for first, end in zip(firsts, [*firsts[1:], len(lengths)], strict=True):
+        own_starts, own_pieces, own_cut = best_fit_bins(lengths[first:end], width)
+        own_pieces[:, 0] += np.uint32(first)
+        starts.append(own_starts[1:] + np.uint64(at))
+        groups.append(bins)
+        pieces.append(own_pieces)
+        cut, at, bins = cut + own_cut, at + len(own_pieces), bins + len(own_starts) - 1
+    return np.concatenate(starts), np.array(groups, np.uint64), np.concatenate(pieces), cut
 
 
 @njit

@@ -24,19 +24,17 @@ from velopath.audit import AuditLog
 from velopath.cache import Cache, parse_size
 from velopath.domains import DomainTable, MixtureWeights, check_weights, integer_shares
 from velopath.errors import ConfigError, DataError, PushRejectedError
-from velopath.pack import packings_of
+from velopath.pack import bins_of, window_parts
 from velopath.remote import DEFAULT_POLICY, FetchPolicy
 from velopath.stream_batch import TokenBatch as TokenBatch
 from velopath.stream_data import domain_folders as domain_folders
 from velopath.stream_data import end_of_text, open_domains
 from velopath.stream_feed import Feed, FeedReport
+from velopath.stream_options import check_choice, check_number, choose_rows
 from velopath.stream_order import POLICIES, domain_key
 from velopath.stream_quarantine import BadShard
 from velopath.stream_state import Identity, read_state, write_state
 from velopath.urls import is_url, redact
-
-_PACKINGS = ("concat", "best_fit")
-_ORDERS = ("full", "windowed")
 
 
 def open_sampler(
@@ -65,6 +63,7 @@ def open_sampler(
     boundaries: bool = False,
     order: str | None = None,
     window: int = 8,
+    bin_shards: int | None = None,
     on_bad_shard: str = "fail",
     cache_limit: str | int | None = None,
     fetch: FetchPolicy = DEFAULT_POLICY,
@@ -92,7 +91,8 @@ def open_sampler(
     shards). `boundaries` asks for documents, positions and `cu_seqlens` in each batch. `order`: "full" shuffles an
     epoch's rows over the whole domain; "windowed" shuffles the shards, then the rows inside each `window` shards of
     that order, so that only these and the ones right behind them (a row may end there) are read at a time. None is
-    "windowed" where a folder is remote, else "full".
+    "windowed" where a folder is remote, else "full". The documents of a bin come from `bin_shards` neighbouring shards;
+    None: from all, where the order is windowed from one, so that a window's bins touch the window's shards alone.
 
     Shards of remote folders are fetched into `cache` as the plan comes to need them, patiently as `fetch` says, and
     evicted where the shards there pass `cache_limit` (bytes, or a size such as "50GB"); see `velopath.cache`. Where
@@ -108,29 +108,20 @@ def open_sampler(
     """
     for name, value, least in (
         ("rows", rows, 1), ("row_tokens", row_tokens, 1), ("seed", seed, 0), ("world", world, 1), ("rank", rank, 0),
-        ("start_step", start_step, 0), ("threads", threads, 0), ("prefetch", prefetch, 1), ("window", window, 1),
+        ("start_step", start_step, 0), ("threads", threads, 0), ("prefetch", prefetch, 1),
     ):  # fmt: skip
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 63:
-            raise ConfigError(f"{name} is {value!r}; expected a whole number, {least} or more")
+        check_number(name, value, least)
     if rank >= world:
         raise ConfigError(f"rank is {rank}; expected less than world, {world}")
-    for name, choice, known in (
-        ("exhaustion", exhaustion, POLICIES), ("packing", packing, _PACKINGS), ("order", order or "full", _ORDERS),
-        ("on_bad_shard", on_bad_shard, stream_quarantine.POLICIES),
-    ):  # fmt: skip
-        if choice not in known:
-            raise ConfigError(f"{name} is {choice!r}; expected one of {', '.join(known)}")
-    if packing == "best_fit" and order == "windowed":
-        raise ConfigError(
-            "the bins of best_fit reach over all shards, not over a window; choose order='full'"
-        )
+    check_choice("exhaustion", exhaustion, POLICIES)
+    check_choice("on_bad_shard", on_bad_shard, stream_quarantine.POLICIES)
     folders = domain_folders(root)
     far = [name for name, folder in folders.items() if is_url(folder)]
+    choice = choose_rows(packing, order, window, bin_shards, remote=bool(far))
     if far and packing == "best_fit":
         raise ConfigError(
             f"domain {far[0]!r} is remote; best_fit needs its shards here: copy it, or choose concat"
         )
-    order = order or ("windowed" if far else "full")
     if weights is not None:
         check_weights(weights, tuple(folders))
     eos = end_of_text(folders, eos)
@@ -147,7 +138,7 @@ def open_sampler(
             )
     streams = [domain.stream for domain in data.values()]
     bad = tuple(one for domain in data.values() for one in domain.bad)
-    packings = packings_of(data, packing, row_tokens, eos, cache)
+    bins = bins_of(data, choice, row_tokens, eos, cache)
     identity = Identity(
         seed=seed,
         start_step=start_step,
@@ -160,16 +151,15 @@ def open_sampler(
         table=DomainTable(tuple(data), tuple(s.tokens for s in streams)),
         documents=tuple(s.documents for s in streams),
         fingerprints=tuple(domain.fingerprint for domain in data.values()),
-        packing=packing,
-        window=window if order == "windowed" else 0,
-        bins=tuple(p.bins for p in packings if p is not None),
-        shards=tuple(tuple(s.shard_positions.tolist()) for s in streams) if order == "windowed" else (),
+        choice=choice,
+        bins=tuple(b.rows for b in bins),
+        parts=window_parts(choice, streams, bins),
         quarantined=stream_quarantine.names_of(bad),
     )
     mix = _mixture(identity.table.names, weights or identity.table.prior)
     core = _core.Sampler(
         streams,
-        packings,
+        [b.packing for b in bins] or [None] * len(streams),
         keys=[domain_key(domain_key_salt, name) for name in data],
         shares=integer_shares(mix.shares),
         seed=seed,
@@ -182,7 +172,7 @@ def open_sampler(
         threads=threads,
         prefetch=prefetch,
         stall_seconds=stall_seconds,
-        window=identity.window,
+        window=choice.window_parts,
         boundaries=boundaries,
         padding=eos or 0,
         staged=bool(far),

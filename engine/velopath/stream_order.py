@@ -39,7 +39,7 @@ class Order:
 
     `tokens` are those of the domains' circular streams; `salt` is the `domain_key_salt` of `open_sampler`. `bins`
     are the rows of an epoch where rows are bins of best_fit. A windowed order has the shards of its `window`, and
-    where each shard begins in the stream, `shards`.
+    where each shard begins in the stream, `shards`; of bins, both count groups of shards, and where they begin in them.
     """
 
     tokens: Mapping[str, int]

@@ -8,6 +8,7 @@ from typing import Any
 
 from velopath.domains import DomainTable, MixtureWeights, check_weights
 from velopath.errors import ConfigError
+from velopath.stream_options import RowChoice
 from velopath.stream_order import Order
 
 _FORMAT = "velopath.sampler"
@@ -30,10 +31,9 @@ class Identity:
     table: DomainTable
     documents: tuple[int, ...]
     fingerprints: tuple[str, ...]
-    packing: str = "concat"
-    window: int = 0
+    choice: RowChoice
     bins: tuple[int, ...] = ()
-    shards: tuple[tuple[int, ...], ...] = ()
+    parts: tuple[tuple[int, ...], ...] = ()
     quarantined: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
@@ -53,8 +53,8 @@ class Identity:
             salt=self.domain_key_salt,
             start_step=self.start_step,
             bins=dict(zip(self.table.names, self.bins, strict=True)) if self.bins else None,
-            window=self.window,
-            shards=dict(zip(self.table.names, self.shards, strict=True)) if self.shards else None,
+            window=self.choice.window_parts,
+            shards=dict(zip(self.table.names, self.parts, strict=True)) if self.parts else None,
         )
 
 
@@ -75,8 +75,7 @@ def write_state(
         "eos": identity.eos,
         "exhaustion": identity.exhaustion,
         "domain_key_salt": identity.domain_key_salt,
-        "packing": identity.packing,
-        "window": identity.window,
+        **identity.choice._asdict(),
         **({"quarantined": left_out} if left_out else {}),
         "domains": {
             name: {
@@ -123,8 +122,8 @@ def _compare(identity: Identity, state: Mapping[str, Any]) -> None:
         ours = getattr(identity, key)
         if state[key] != ours:
             raise ConfigError(f"{key} of the state is {state[key]!r}, of this sampler {ours!r}")
-    for key, before in (("packing", "concat"), ("window", 0)):  # what a state from before these had
-        ours, theirs = getattr(identity, key), state.get(key, before)
+    for key, before in RowChoice("concat", 0, 0)._asdict().items():  # what a state from before these had
+        ours, theirs = getattr(identity.choice, key), state.get(key, before)
         if theirs != ours:
             raise ConfigError(f"{key} of the state is {theirs!r}, of this sampler {ours!r}")
     left_out = state.get("quarantined", {})

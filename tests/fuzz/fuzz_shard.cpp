@@ -115,7 +115,7 @@ void read_bins(const ShardSpec& spec, std::optional<std::int32_t> eos, const std
     }
     const std::vector<std::uint64_t> starts{from[12] % 8u == 7 ? 1u : 0u, 1 + from[13] % 3u, from[13] % 2u ? 4u : 3u, 4};
     const std::uint64_t width = 1 + from[14], bins = from[15] % 8u ? 3 : 2;
-    const Packing packing(starts.data(), bins, pieces.data(), pieces.size(), width, spec.path, nullptr);
+    const Packing packing(starts.data(), bins, pieces.data(), pieces.size(), width, {}, spec.path, nullptr);
     for (std::uint64_t bin = 0; bin < packing.bins(); ++bin) {
         std::vector<std::int32_t> row(width), begins;
         require(packing.read(stream, bin, 9, row.data(), &begins) == packing.tokens(bin), "a bin has the tokens of its pieces");

@@ -66,8 +66,11 @@ ShardSpec shard(unsigned documents, unsigned salt) {
     return {path, documents, content.size(), {"tokens"}, {-1}, 0, {false, Type::uint16, {}}};
 }
 
-// How rows are made: of joined documents in the order of whole domains or of windows, of bins, of shards that are fed.
-enum class Kind { full, windowed, packed, fed };
+// How rows are made: of joined documents in the order of whole domains or of windows, of bins, of shards that are fed, of
+// bins of single shards that are fed.
+enum class Kind { full, windowed, packed, fed, fed_packed };
+
+bool is_fed(Kind kind) { return kind == Kind::fed || kind == Kind::fed_packed; }
 
 struct Domains {
     std::vector<std::vector<ShardSpec>> shards;
@@ -88,7 +91,7 @@ struct Domains {
     }
 };
 
-// Bins of a domain: its documents one behind the other, cut where a bin is full.
+// Bins of a domain whose shards are mapped: its documents one behind the other, cut where a bin is full or a shard ends.
 std::shared_ptr<const Packing> bins_of(const TokenStream& stream) {
     struct Arrays {
         std::vector<u64> starts{0};
@@ -96,8 +99,14 @@ std::shared_ptr<const Packing> bins_of(const TokenStream& stream) {
     };
     auto arrays = std::make_shared<Arrays>();
     const auto lengths = stream.lengths();
+    const auto shards = stream.shard_documents();
+    std::vector<u64> groups;
     u64 room = ROW_TOKENS + 1;
     for (std::uint32_t d = 0; d < lengths.size(); ++d) {
+        if (groups.size() < shards.size() && shards[groups.size()] == d) {
+            if (d > 0) arrays->starts.push_back(arrays->pieces.size()), room = ROW_TOKENS + 1;
+            groups.push_back(arrays->starts.size() - 1);
+        }
         for (std::uint32_t first = 0; first < lengths[d];) {
             if (room == 0) arrays->starts.push_back(arrays->pieces.size()), room = ROW_TOKENS + 1;
             const auto take = static_cast<std::uint32_t>(std::min<u64>(room, lengths[d] - first));
@@ -107,7 +116,7 @@ std::shared_ptr<const Packing> bins_of(const TokenStream& stream) {
     }
     arrays->starts.push_back(arrays->pieces.size());
     return std::make_shared<const Packing>(arrays->starts.data(), arrays->starts.size() - 1, arrays->pieces.data(), arrays->pieces.size(),
-                                           ROW_TOKENS + 1, "bins", arrays);
+                                           ROW_TOKENS + 1, groups, "bins", arrays);
 }
 
 struct Reader {  // a sampler with its buffers
@@ -117,9 +126,9 @@ struct Reader {  // a sampler with its buffers
     std::unique_ptr<Sampler> sampler;
 
     // The order of fed shards is windowed; documents are marked in all but the first kind.
-    Reader(const std::vector<std::shared_ptr<TokenStream>>& streams, u64 threads, Kind kind) {
+    Reader(const Domains& domains, const std::vector<std::shared_ptr<TokenStream>>& streams, u64 threads, Kind kind) {
         Settings settings;
-        settings.window = kind == Kind::windowed || kind == Kind::fed ? 1 : 0;
+        settings.window = kind == Kind::windowed || is_fed(kind) ? 1 : 0;
         settings.boundaries = kind != Kind::full;
         settings.staged = streams[0]->attachable();
         settings.seed = 5, settings.rows = ROWS, settings.row_tokens = ROW_TOKENS, settings.threads = threads, settings.prefetch = 8;
@@ -135,7 +144,8 @@ struct Reader {  // a sampler with its buffers
         free.pop_back();
         const std::vector<u64> shares{u64{1} << 31, u64{1} << 30, u64{1} << 30};
         std::vector<Source> sources;
-        for (const auto& stream : streams) sources.push_back({stream, kind == Kind::packed ? bins_of(*stream) : nullptr});
+        for (std::size_t k = 0; k < streams.size(); ++k)
+            sources.push_back({streams[k], kind == Kind::packed || kind == Kind::fed_packed ? bins_of(TokenStream(domains.shards[k], 0)) : nullptr});
         sampler.reset(new Sampler(std::move(sources), {11, 22, 33}, settings, shares, std::move(free)));
     }
 
@@ -228,14 +238,14 @@ void feed(Sampler& sampler, const Domains& domains, const std::vector<std::share
 // Pushes that took effect in `steps` steps.
 std::size_t race(u64 steps, u64 seed, Kind kind) {
     const Domains domains;
-    const auto streams = domains.streams(kind == Kind::fed);
+    const auto streams = domains.streams(is_fed(kind));
     std::vector<Push> pushed;
     std::vector<u64> read;
     {
-        Reader reader(streams, 3, kind);
+        Reader reader(domains, streams, 3, kind);
         std::atomic<bool> done{false}, closed{false};
         std::thread feeder([&] {
-            if (kind == Kind::fed) feed(*reader.sampler, domains, streams, closed);
+            if (is_fed(kind)) feed(*reader.sampler, domains, streams, closed);
         });
         std::thread pusher([&] { push_at_random(*reader.sampler, seed, done, pushed); });
         std::thread asker([&] { ask_at_random(*reader.sampler, done); });
@@ -254,7 +264,7 @@ std::size_t race(u64 steps, u64 seed, Kind kind) {
         closed = true;
         feeder.join();
     }
-    Reader alone(domains.streams(false), 0, kind);
+    Reader alone(domains, domains.streams(false), 0, kind);
     for (const Push& push : pushed) {
         static_cast<void>(alone.sampler->begin_push(push.step));
         alone.sampler->commit_push(push.shares);
@@ -269,6 +279,6 @@ int main(int count, char** arguments) {
     const u64 steps = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 2000;
     const u64 seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1;
     std::size_t pushes = 0;
-    for (const Kind kind : {Kind::full, Kind::windowed, Kind::packed, Kind::fed}) pushes += race(steps / 4, seed, kind);
+    for (const Kind kind : {Kind::full, Kind::windowed, Kind::packed, Kind::fed, Kind::fed_packed}) pushes += race(steps / 5, seed, kind);
     std::printf("%llu steps, %zu pushes, no finding\n", static_cast<unsigned long long>(steps), pushes);
 }

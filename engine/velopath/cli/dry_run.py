@@ -80,6 +80,8 @@ def _rows_words(config: RunConfig) -> str:
     """How rows are made and read, for people."""
     data = config.data
     words = "rows of joined documents" if data.packing == "concat" else "rows of whole documents (best fit)"
+    if data.bin_shards is not None:
+        words += f" of {data.bin_shards} shards each"
     if data.order == "windowed":
         words += f", shuffled within {data.window} shards"
     return words + (", attention inside documents" if config.train.document_mask else "")

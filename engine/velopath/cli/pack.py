@@ -11,6 +11,10 @@ import typer
 def pack(
     data: Annotated[Path, typer.Argument(help="folder made by prepare, or one of MDS folders")],
     row_tokens: Annotated[int, typer.Option("--row-tokens", "-t", min=1, help="inputs of a row, T")] = 2048,
+    bin_shards: Annotated[
+        int | None,
+        typer.Option("--bin-shards", "-g", min=1, help="bins from so many shards each; default: all"),
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="for inflated shards, and bins where DATA cannot be written")
     ] = None,
@@ -21,16 +25,27 @@ def pack(
     `open_sampler(..., packing="best_fit")` uses them, and does the same where it finds none. Documents of more than
     T + 1 tokens are cut; "cut by concat" is the share that rows of joined documents would cut.
 
+    An order in windows of shards (order="windowed", the default of remote data) needs bins whose documents come from
+    few neighbouring shards: --bin-shards 1 is what it takes unless told otherwise. They pad a little more, and cut no
+    more; "padding, whole" is what bins over the whole domain would pad.
+
     Example: velopath pack data/2026q1 --row-tokens 4096
+
+    Example: velopath pack data/2026q1 -t 4096 --bin-shards 1
     """
-    from velopath.pack import load_bins
+    from velopath.pack import load_bins, whole_padding_share
     from velopath.stream_data import domain_folders, end_of_text, open_domains
 
     folders = domain_folders(data)
     eos = end_of_text(folders, None)
+    data_of = open_domains(folders, eos, cache=cache)
     found = {
-        name: load_bins(domain, row_tokens, eos, cache=cache)
-        for name, domain in open_domains(folders, eos, cache=cache).items()
+        name: load_bins(domain, row_tokens, eos, bin_shards=bin_shards or 0, cache=cache)
+        for name, domain in data_of.items()
+    }
+    whole = {
+        name: whole_padding_share(domain.stream.lengths, row_tokens) if bin_shards else None
+        for name, domain in data_of.items()
     }
     facts = {
         name: {
@@ -40,6 +55,7 @@ def pack(
             "truncated_share": bins.truncated_share,
             "cut_by_concat": bins.cut_by_concat,
             "padding_share": bins.padding_share,
+            **({"whole_padding_share": whole[name]} if bin_shards else {}),
             "file": str(bins.path),
         }
         for name, bins in found.items()
@@ -47,7 +63,8 @@ def pack(
     if as_json:
         import json
 
-        typer.echo(json.dumps({"row_tokens": row_tokens, "eos": eos, "domains": facts}, indent=2))
+        head = {"row_tokens": row_tokens, "eos": eos, "bin_shards": bin_shards}
+        typer.echo(json.dumps(head | {"domains": facts}, indent=2))
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -55,7 +72,8 @@ def pack(
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("domain", no_wrap=True)
-    for title in ("docs", "tokens", "rows", "truncated", "cut by concat", "padding"):
+    compared = ["padding, whole"] if bin_shards else []
+    for title in ("docs", "tokens", "rows", "truncated", "cut by concat", "padding", *compared):
         table.add_column(title, justify="right", no_wrap=True)
     for name, bins in found.items():
         table.add_row(
@@ -66,5 +84,6 @@ def pack(
             f"{bins.truncated_share:.2%}",
             f"{bins.cut_by_concat:.2%}",
             f"{bins.padding_share:.3%}",
+            *[f"{share:.3%}" for share in [whole[name]] if share is not None],
         )
     Console().print(table)
