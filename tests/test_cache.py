@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from velopath.cache import default_cache, parse_size, raw_path
+from velopath.cache import Cache, default_cache, parse_size, raw_path
 from velopath.durable import locked, write_durably
 from velopath.errors import ConfigError, DataError
 from velopath.mds import MdsWriter, ShardEntry, load_index
@@ -202,3 +202,17 @@ def test_sizes() -> None:
     for wrong in ("", "GB", "-1", "0", "5 parsecs", "1e9"):
         with pytest.raises(ConfigError, match="cache_limit is .*expected a size such as 50GB"):
             parse_size(wrong)
+
+
+def test_a_file_renamed_while_the_folder_is_listed_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that was just finished: listed by the name it was written under, by both names, or by its own."""
+    key = "0" * 32
+    (tmp_path / f"{key}.mds").write_bytes(bytes(1000))
+    for listed in ([f"{key}.mds.77.tmp"], [f"{key}.mds.77.tmp", f"{key}.mds"], [f"{key}.mds"]):
+        with Cache(tmp_path, limit=1500) as cache, monkeypatch.context() as patch:
+            cache._marks.add(key)  # in use, so that nothing is evicted
+            patch.setattr(os, "listdir", lambda folder, names=listed: names)
+            assert cache.has_room(500)
+            assert not cache.has_room(501)

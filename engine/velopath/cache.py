@@ -11,11 +11,8 @@ import errno
 import logging
 import os
 import re
-import struct
 import threading
 import time
-import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,26 +21,18 @@ from types import TracebackType
 import xxhash
 
 from velopath import remote
-from velopath.durable import TEMPORARY, durable, locked, make_folder, write_durably, write_error
+from velopath.cache_marks import CAN_MARK, Marks, unused
+from velopath.durable import TEMPORARY, durable, locked, make_folder, write_durably
 from velopath.errors import ConfigError, DataError, WriteError
 from velopath.mds.format import ShardEntry, check_hashes, compare_hash, hasher
 from velopath.mds.inflate import inflate, inflate_bytes
 from velopath.remote import DEFAULT_POLICY, FetchError, FetchPolicy
 from velopath.urls import is_url, last_name, redact
 
-try:
-    import fcntl
-
-    _SET, _WAIT = fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW
-except (
-    ImportError,
-    AttributeError,
-):  # not on Linux: nothing shows what others use, so nothing may be evicted
-    fcntl = None  # type: ignore[assignment]
-_CAN_MARK = fcntl is not None
-
 logger = logging.getLogger("velopath.cache")
 _BLOCK_BYTES = 1 << 20
+_POLL_SECONDS = 0.02
+_AGAIN_SECONDS = 60.0
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _OURS = re.compile(
     r"[0-9a-f]{32}\.mds(\..*" + re.escape(TEMPORARY) + ")?"
@@ -81,16 +70,15 @@ class Cache:
     def __init__(
         self, folder: str | Path | None = None, limit: int | None = None, policy: FetchPolicy = DEFAULT_POLICY
     ) -> None:
-        if limit is not None and not _CAN_MARK:
+        if limit is not None and not CAN_MARK:
             raise ConfigError("a cache limit needs Linux, where processes can see what others use")
         self.folder = Path(folder) if folder is not None else default_cache()
         self.limit, self.policy = limit, policy
         self.fetched = self.fetched_bytes = 0
         self.stop = threading.Event()
-        self._marks: Counter[str] = Counter()
-        self._marks_file: int | None = None
-        self._closed: weakref.finalize[[int], Cache] | None = None
-        self._lock = threading.Lock()
+        self._marks = Marks(self.folder)
+        self._lock = threading.Lock()  # of the counts
+        self._tell = 0.0  # when to tell again of a limit that is passed
 
     def hold(self, entry: ShardEntry, *, verify: bool = False) -> Path:
         """Path of the shard's raw file, which is not evicted before `release`; `release` it as often as held.
@@ -124,20 +112,20 @@ class Cache:
 
     def _hold(self, target: Path, entry: ShardEntry, verify: bool) -> Path:
         self._make()
-        self._mark(target.stem)
+        self._marks.add(target.stem)
         try:
             self._fill(target, entry, verify)
             with suppress(OSError):
                 os.utime(target, ns=(time.time_ns(), target.stat().st_mtime_ns))  # when it was last used
         except BaseException:
-            self._unmark(target.stem)
+            self._marks.remove(target.stem)
             raise
         return target
 
     def release(self, entry: ShardEntry) -> None:
         """Give back a shard that was held: it may be evicted from now on."""
         if entry.url is not None or not entry.path.is_file():
-            self._unmark(self._target(entry).stem)
+            self._marks.remove(self._target(entry).stem)
 
     @contextmanager
     def held(self, entry: ShardEntry, *, verify: bool = False) -> Iterator[Path]:
@@ -161,14 +149,7 @@ class Cache:
 
     def close(self) -> None:
         """Give back every mark."""
-        with self._lock:
-            self._forget()
-
-    def _forget(self) -> None:
         self._marks.clear()
-        if self._closed is not None:
-            self._closed()
-            self._marks_file = self._closed = None
 
     def __enter__(self) -> Cache:
         return self
@@ -189,13 +170,13 @@ class Cache:
             ) from error
 
     def _target(self, entry: ShardEntry) -> Path:
-        return self.folder / f"{_key(entry)}.mds"
+        return self.folder / f"{shard_key(entry)}.mds"
 
     def _fill(self, target: Path, entry: ShardEntry, verify: bool) -> None:
         """Put the shard into the cache, unless it is there, whole."""
         if _is_whole(target, entry, verify):
             return
-        with locked(target.with_suffix(".lock")):
+        with self._alone(target, entry):
             if _is_whole(target, entry, verify):  # another process may have filled it while this one waited
                 return
             for leftover in self.folder.glob(f"{target.name}.*{TEMPORARY}"):
@@ -208,11 +189,26 @@ class Cache:
                 logger.warning("%s; fetching it once more", error)
                 self._write(target, entry)
 
+    @contextmanager
+    def _alone(self, target: Path, entry: ShardEntry) -> Iterator[None]:
+        """Hold the shard's lock. Who waits for another process's fetch, which may hang, can be stopped."""
+        lock = target.with_suffix(".lock")
+        while entry.url is not None:
+            with locked(lock, wait=False) as free:
+                if free:
+                    yield
+                    return
+            if self.stop.wait(_POLL_SECONDS):
+                raise FetchError("the fetch was stopped", path=entry.place)
+        with locked(lock):
+            yield
+
     def _write(self, target: Path, entry: ShardEntry) -> None:
         with durable(target) as file:
             if self.limit is not None:
                 with locked(self.folder / "evict.lock"):  # what is being written counts from here on
-                    if not self._evict(entry.raw_bytes):
+                    if not self._evict(entry.raw_bytes) and time.monotonic() >= self._tell:
+                        self._tell = time.monotonic() + _AGAIN_SECONDS
                         logger.warning(
                             "the cache %s passes its limit of %d bytes: all else in it is in use",
                             self.folder, self.limit,
@@ -234,73 +230,35 @@ class Cache:
         check_hashes(content, entry.raw_hashes, entry.place)
         return (content,)
 
-    # -- marks and eviction
-
-    def _open_marks(self) -> int:
-        path = self.folder / "marks.lock"
-        try:
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise write_error(error, path) from error
-
-    def _mark(self, key: str) -> None:
-        if not _CAN_MARK:
-            return
-        with self._lock:
-            if self._marks_file is not None and not os.fstat(self._marks_file).st_nlink:
-                self._forget()  # somebody emptied the folder: nobody would see a mark in the removed file
-            if self._marks_file is None:
-                self._marks_file = self._open_marks()
-                self._closed = weakref.finalize(self, os.close, self._marks_file)
-            if not self._marks[key]:
-                _lock_byte(self._marks_file, fcntl.F_RDLCK, key, _WAIT)
-            self._marks[key] += 1
-
-    def _unmark(self, key: str) -> None:
-        with self._lock:
-            if self._marks_file is None or not self._marks[key]:
-                return
-            self._marks[key] -= 1
-            if not self._marks[key]:
-                del self._marks[key]
-                _lock_byte(self._marks_file, fcntl.F_UNLCK, key, _SET)
+    # -- eviction
 
     def _evict(self, size: int) -> bool:
         """Remove unused shards until `size` bytes more fit the limit; whether they do. Holds evict.lock."""
         assert self.limit is not None
-        found, total = [], 0
-        with os.scandir(self.folder) as entries:
-            for item in entries:
-                if not _OURS.fullmatch(item.name):
-                    continue
+        found: dict[str, os.stat_result] = {}
+        for listed in os.listdir(self.folder):
+            # One that is being written may be renamed meanwhile: it counts by its other name then, once.
+            for name in dict.fromkeys((listed, f"{listed.split('.mds', 1)[0]}.mds")):
                 with suppress(FileNotFoundError):
-                    info = item.stat()
-                    total += info.st_size
-                    found.append((info.st_atime_ns, info.st_size, item.name))
+                    if _OURS.fullmatch(listed):
+                        found[name] = os.stat(self.folder / name)
+                        break
+        total = sum(info.st_size for info in found.values())
         if total + size <= self.limit:
             return True
-        marks = self._open_marks()
-        try:
-            for _, bytes_, name in sorted(found):
+        with self._marks.looking() as marks:
+            for _, bytes_, name in sorted((f.st_atime_ns, f.st_size, name) for name, f in found.items()):
                 if total + size <= self.limit:
                     break
                 removed = self._drop_leftover(name) if name.endswith(TEMPORARY) else self._drop(name, marks)
                 total -= bytes_ * removed
-        finally:
-            os.close(marks)
         return total + size <= self.limit
 
     def _drop(self, name: str, marks: int) -> bool:
-        key = name.removesuffix(".mds")
-        try:
-            _lock_byte(marks, fcntl.F_WRLCK, key, _SET)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return False
-            raise
-        (self.folder / name).unlink(missing_ok=True)
-        _lock_byte(marks, fcntl.F_UNLCK, key, _SET)
-        return True
+        with unused(marks, name.removesuffix(".mds")) as free:
+            if free:
+                (self.folder / name).unlink(missing_ok=True)
+        return free
 
     def _drop_leftover(self, name: str) -> bool:
         """Remove what a killed process was writing; its lock is free."""
@@ -348,7 +306,7 @@ def _is_whole(target: Path, entry: ShardEntry, verify: bool) -> bool:
     return True
 
 
-def _key(entry: ShardEntry) -> str:
+def shard_key(entry: ShardEntry) -> str:
     """Name of the shard in the cache: other content under the same path gets another name.
 
     Of a remote shard without any hash, only sizes and the number of samples can tell other content.
@@ -362,12 +320,6 @@ def _key(entry: ShardEntry) -> str:
         here = entry.url is None and entry.zip_path is not None
         parts.append(str(entry.zip_path.stat().st_mtime_ns if here and entry.zip_path else entry.samples))
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
-
-
-def _lock_byte(file: int, kind: int, key: str, command: int) -> None:
-    """Lock or free the one byte of the file that stands for the shard `key`, for this open file alone."""
-    at = xxhash.xxh3_64_intdigest(key.encode()) >> 2
-    fcntl.fcntl(file, command, struct.pack("hhqqi4x", kind, os.SEEK_SET, at, 1, 0))
 
 
 def local_copy(place: str | Path, cache: str | Path | None = None) -> Path | None:
