@@ -1,8 +1,8 @@
 """Remote files: objects at s3://, gs://, az:// and http(s):// URLs through obstore, other schemes through fsspec.
 
 A fetch notices a stall (no byte for some seconds) and a body that is cut short, and is tried again with exponential
-backoff and jitter. Credentials may stand in the environment (`AWS_*`, `GOOGLE_*`, `AZURE_*`) or in a URL; what is shown
-in errors and logs holds none (`velopath.urls`).
+backoff and jitter; it can be stopped at any moment (`velopath.remote_loop`). Credentials may stand in the environment
+(`AWS_*`, `GOOGLE_*`, `AZURE_*`) or in a URL; what is shown in errors and logs holds none (`velopath.urls`).
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ import os
 import queue
 import random
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from velopath.errors import ConfigError, DataError
+from velopath.durable import durable, write_error
+from velopath.errors import ConfigError, DataError, WriteError
+from velopath.remote_loop import StoppedError, wait_for
 from velopath.urls import OBSTORE, redact, redact_text
 
 logger = logging.getLogger("velopath.remote")
@@ -30,6 +34,7 @@ _WEB = ("http", "https")
 _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_")
 _CHUNK_BYTES = 1 << 18
 _MOST_BYTES = 1 << 30  # of a file whose size nothing tells: an index, a tokenizer
+_POLL_SECONDS = 0.1
 _T = TypeVar("_T")
 
 
@@ -84,6 +89,42 @@ def read(
     return _patiently(url, policy, stop, lambda: _read_once(url, size, policy.stall_seconds, stop))
 
 
+def copy(
+    url: str,
+    path: Path,
+    *,
+    most: int,
+    policy: FetchPolicy = DEFAULT_POLICY,
+    stop: threading.Event | None = None,
+) -> None:
+    """Write the content of the object at `url` to the file `path`, durably; not much more of it than `most` bytes.
+
+    Raises as `read` does, and `WriteError` where the file cannot be written.
+    """
+    stop = stop or threading.Event()
+
+    def attempt() -> None:
+        file.seek(0)
+        file.truncate()
+        with suppress(_EnoughError):
+            _receive_once(url, take, policy.stall_seconds, stop)
+
+    def take(chunk: Any) -> None:
+        try:
+            file.write(memoryview(chunk))
+        except OSError as error:
+            raise write_error(error, path) from error
+        if file.tell() > most:
+            raise _EnoughError
+
+    with durable(path) as file:
+        _patiently(url, policy, stop, attempt)
+
+
+class _EnoughError(Exception):
+    """More bytes came than are wanted."""
+
+
 def _patiently(url: str, policy: FetchPolicy, stop: threading.Event, attempt_once: Callable[[], _T]) -> _T:
     """What `attempt_once` returns, tried as often as the policy says."""
     shown, problem = redact(url), ""
@@ -98,8 +139,10 @@ def _patiently(url: str, policy: FetchPolicy, stop: threading.Event, attempt_onc
             raise FetchError("the fetch was stopped", path=shown)
         try:
             return attempt_once()
-        except ConfigError:
+        except (ConfigError, WriteError):
             raise
+        except StoppedError:
+            raise FetchError("the fetch was stopped", path=shown) from None
         except (FileNotFoundError, PermissionError) as error:
             if isinstance(error, FileNotFoundError):
                 raise MissingError(f"no such file; {_advice(url)}", path=shown) from None
@@ -133,19 +176,25 @@ def folders(url: str, policy: FetchPolicy = DEFAULT_POLICY) -> list[str]:
             f"{redact(url)}: a web server lists no folders; give a mapping domain -> URL, or a folder of prepare, "
             "which has a domains.json"
         )
+    stop = threading.Event()
     try:
-        listed = _patiently(url, policy, threading.Event(), lambda: _list_once(url, policy.stall_seconds))
+        listed = _patiently(url, policy, stop, lambda: _list_once(url, policy.stall_seconds, stop))
     except MissingError as error:
         raise FetchError(f"cannot be listed: {error.problem}", path=error.path) from None
     return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in listed)
 
 
-def _list_once(url: str, stall_seconds: float) -> list[str]:
+def _list_once(url: str, stall_seconds: float, stop: threading.Event) -> list[str]:
     if _scheme(url) in OBSTORE:
-        store, path = _store(url, stall_seconds)
-        return list(_obstore().list_with_delimiter(store, path or None)["common_prefixes"])
+        return wait_for(_list_store(url, stall_seconds), stop)
     system, path = _fsspec().core.url_to_fs(url)
     return [e["name"] for e in system.ls(path) if e["type"] == "directory"]
+
+
+async def _list_store(url: str, stall_seconds: float) -> list[str]:
+    store, path = _store(url, stall_seconds)
+    found = await _obstore().list_with_delimiter_async(store, path or None)
+    return list(found["common_prefixes"])
 
 
 def _scheme(url: str) -> str:
@@ -167,42 +216,50 @@ def _first_line(error: BaseException, url: str) -> str:
 
 def _read_once(url: str, size: int | None, stall_seconds: float, stop: threading.Event) -> bytes:
     content = bytearray()
-    for chunk in _chunks(url, stall_seconds):
-        content += memoryview(chunk)
-        if len(content) > (_MOST_BYTES if size is None else size) or stop.is_set():
-            break
-    if size is None and len(content) > _MOST_BYTES:
-        raise OSError(f"the body has more than {_MOST_BYTES} bytes")
+    most = _MOST_BYTES if size is None else size
+
+    def take(chunk: Any) -> None:
+        content.extend(memoryview(chunk))
+        if len(content) > most:
+            raise OSError(
+                f"the body has more than {most} bytes" + ("" if size is None else f", expected {size}")
+            )
+
+    _receive_once(url, take, stall_seconds, stop)
     if size is not None and len(content) != size:
-        more = "more than " if len(content) > size else ""
-        raise OSError(f"the body has {more}{min(len(content), size)} bytes, expected {size}")
+        raise OSError(f"the body has {len(content)} bytes, expected {size}")
     return bytes(content)
 
 
-def _chunks(url: str, stall_seconds: float) -> Iterator[Any]:
-    """Pieces of an object as they come; raises where none comes for `stall_seconds`."""
+def _receive_once(url: str, take: Callable[[Any], None], stall_seconds: float, stop: threading.Event) -> None:
     if _scheme(url) in OBSTORE:
-        store, path = _store(url, stall_seconds)
-        found = _obstore().get(store, path)
-        expected, given = found.meta["size"], 0
-        for chunk in found.stream(min_chunk_size=_CHUNK_BYTES):
-            given += len(chunk)
-            yield chunk
-        if given != expected:
-            raise OSError(f"the body ended after {given} of {expected} bytes")
-        return
-    yield from _watched(_fsspec().open(url, "rb").open, stall_seconds)
+        wait_for(_receive(url, stall_seconds, take), stop)
+    else:
+        for block in _watched(_fsspec().open(url, "rb").open, stall_seconds, stop):
+            take(block)
 
 
-def _watched(opened: Any, stall_seconds: float) -> Iterator[bytes]:
-    """Blocks of a file whose reads cannot be interrupted: read in a thread, which a stall leaves behind."""
+async def _receive(url: str, stall_seconds: float, take: Callable[[Any], None]) -> None:
+    """Hand the pieces of an object to `take` as they come; raises where none comes for `stall_seconds`."""
+    store, path = _store(url, stall_seconds)
+    found = await _obstore().get_async(store, path)
+    expected, given = found.meta["size"], 0
+    async for chunk in found.stream(min_chunk_size=_CHUNK_BYTES):
+        given += len(chunk)
+        take(chunk)
+    if given != expected:
+        raise OSError(f"the body ended after {given} of {expected} bytes")
+
+
+def _watched(opened: Any, stall_seconds: float, stop: threading.Event) -> Iterator[bytes]:
+    """Blocks of a file whose reads cannot be interrupted: read in a thread, which a stall or a stop leaves behind."""
     blocks: queue.Queue[bytes | BaseException] = queue.Queue(maxsize=8)
-    stop = threading.Event()
+    left = threading.Event()
 
     def fill() -> None:
         try:
             with opened() as file:
-                while not stop.is_set():
+                while not left.is_set():
                     block = file.read(_CHUNK_BYTES)
                     blocks.put(block)
                     if not block:
@@ -213,20 +270,29 @@ def _watched(opened: Any, stall_seconds: float) -> Iterator[bytes]:
     threading.Thread(target=fill, daemon=True, name="velopath-fetch").start()
     try:
         while True:
-            try:
-                block = blocks.get(timeout=stall_seconds)
-            except queue.Empty:
-                raise TimeoutError(f"no byte came for {stall_seconds:g} s") from None
+            block = _next_block(blocks, stall_seconds, stop)
             if isinstance(block, BaseException):
                 raise block
             if not block:
                 return
             yield block
     finally:
-        stop.set()
+        left.set()
         with suppress(queue.Empty):
             while True:
                 blocks.get_nowait()  # the thread may wait for room
+
+
+def _next_block(
+    blocks: queue.Queue[bytes | BaseException], stall_seconds: float, stop: threading.Event
+) -> bytes | BaseException:
+    end = time.monotonic() + stall_seconds
+    while (left := end - time.monotonic()) > 0:
+        if stop.is_set():
+            raise StoppedError
+        with suppress(queue.Empty):
+            return blocks.get(timeout=min(left, _POLL_SECONDS))
+    raise TimeoutError(f"no byte came for {stall_seconds:g} s")
 
 
 def _obstore() -> Any:

@@ -14,14 +14,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from velopath import _core
 from velopath.cache import Cache
 from velopath.errors import DataError
 from velopath.mds import ShardEntry
+from velopath.remote_threads import LEAVE_SECONDS, FetchThreads
 from velopath.urls import redact_text
 
 logger = logging.getLogger("velopath.remote")
@@ -87,7 +89,7 @@ class Feed:
             0.0,
         )  # for a step since, and when to tell of it again
         self._waits, self._wait_seconds = 0, 0.0
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="velopath-fetch")
+        self._pool = FetchThreads(threads)
         self._threads = threads
         self._director = threading.Thread(target=self._run, daemon=True, name="velopath-feed")
         self._director.start()
@@ -116,12 +118,13 @@ class Feed:
             )
 
     def close(self) -> None:
-        """End the threads and give back every shard; a fetch that is under way is left to end by itself."""
+        """Stop what is under way, end the threads and give back every shard. Also done when Python is left."""
         self._stop = True
         self._cache.stop.set()
         self._wake.set()
-        self._director.join()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._director.join(LEAVE_SECONDS)
+        if not self._pool.close(LEAVE_SECONDS):
+            logger.warning("a fetch hangs and is left behind; the storage of the cache may hang")
         self._cache.close()
 
     # -- the director's thread
@@ -244,7 +247,7 @@ class Feed:
             if not (waits and shard in urgent) and not self._cache.has_room(size + under_way):
                 return
             under_way += size
-            self._fetching[shard] = future = self._pool.submit(self._bring, shard)
+            self._fetching[shard] = future = self._pool.submit(partial(self._bring, shard))
             future.add_done_callback(lambda _: self._wake.set())
 
     def _may_try(self, shard: Shard) -> bool:
