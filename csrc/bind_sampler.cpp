@@ -346,6 +346,7 @@ void bind_sampler(py::module_& m) {
              py::arg("until"), py::arg("plan"))
         .def("fail", &fail, py::arg("problem"), py::arg("path"), py::arg("plan"))
         .def_property_readonly("waits", [](const Handle& h) { return unlocked(h, [](Sampler& s) { return s.waits(); }); })
+        .def_property_readonly("released", [](const Handle& h) { return unlocked(h, [](Sampler& s) { return s.released(); }); })
         .def("load", &load_state, py::arg("step"), py::arg("drawn"), py::arg("error"), py::arg("mixes"));
     m.def("windowed_order", &windowed_order, py::arg("tokens"), py::arg("row_tokens"), py::arg("offset"), py::arg("shards"),
           py::arg("window"), py::arg("key"), py::arg("items"));

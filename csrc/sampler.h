@@ -106,6 +106,7 @@ public:
     bool release(u64 until, u64 plan);
     void fail(std::exception_ptr error, std::optional<u64> plan);
     bool waits() const;  // for release: the next step is not released
+    u64 released() const;  // the first step that is not
 
     // Continues at `cursor`; `mixes` as from mixes_at. Everything assembled is dropped.
     void load(Cursor cursor, std::vector<Mix> mixes);

@@ -73,6 +73,11 @@ bool Sampler::waits() const {
     return handed_ >= released_;
 }
 
+u64 Sampler::released() const {
+    const Lock lock(mutex_);
+    return released_;
+}
+
 std::vector<std::vector<u64>> Sampler::count(u64 steps) const {
     Lock lock(mutex_);
     Cursor cursor = cursors_[handed_ - cursors_.front().step];

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from object_server import ACCESS_KEY, REGION, SECRET_KEY, ObjectServer, serving
 from velopath import open_sampler, remote
 from velopath.cache import Cache
+from velopath.durable import locked
 from velopath.errors import DataError, VelopathError
 from velopath.mds import MdsWriter, load_index, read_documents
 from velopath.remote import FetchPolicy, folders, read
@@ -218,6 +220,54 @@ def test_samplers_of_one_process_in_a_cache_smaller_than_a_window(
                 for sampler in (one, two, near):
                     sampler.push({"a": 0.3, "b": 0.7})
                     sampler.load_state_dict(state)
+
+
+@pytest.mark.parametrize(("limit", "bound"), [(1, 4), (3, 4), (9, 9)])
+def test_the_limit_is_passed_by_no_more_than_a_step_needs(
+    s3: ObjectServer, store: Path, tmp_path: Path, limit: int, bound: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In shards: two rows of two shards each at most. What is needed last goes first, and a window fetches again."""
+    options = OPTIONS | {"window": 8}
+    cache, most = tmp_path / "cache", 0
+    with (
+        open_sampler(
+            "s3://bucket/data", cache=cache, cache_limit=limit * SHARD_BYTES, fetch=QUICK, **options
+        ) as far,
+        open_sampler(store / "bucket/data", order="windowed", **options) as near,
+    ):
+        for _ in range(80):
+            same_steps(far, near, 1)
+            with locked(cache / "evict.lock"), suppress(FileNotFoundError):
+                most = max(most, sum(p.stat().st_size for p in cache.glob("*.mds*")))
+    assert 0 < most <= bound * SHARD_BYTES
+    assert "are read at a time (windows of 8 shards): shards will be fetched again and again" in caplog.text
+
+
+def test_what_was_released_stays_in_sight_behind_a_push(
+    s3: ObjectServer, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A push far ahead has the plan looked at anew; that must not lose the shards of steps that may be read already."""
+    monkeypatch.setattr("velopath.stream_feed._STEPS_AHEAD", 32)
+    options = OPTIONS | {"threads": 1, "prefetch": 1, "cache_limit": "1GB"}
+    with open_sampler("s3://bucket/data", cache=tmp_path, fetch=QUICK, **options) as far:
+        next(far)
+        feed, core = far._feed, far._core
+        assert feed is not None
+        deadline = time.monotonic() + 30
+        while core.released <= far.step + 40 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        released = core.released
+        assert released > far.step + 40
+        far.push({"a": 0.9, "b": 0.1}, at_step=released)
+        before = core.scout(None, [], [], 0)[0]
+        while (feed._plan is None or feed._plan.id != before) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        plan = feed._plan
+        assert plan is not None and plan.id == before
+        assert plan.first + len(plan.steps) >= released
+        steps = list(plan.steps)[: released - plan.first]
+        assert all(shard in feed._attached for step in steps for shard in step)
 
 
 def test_only_shards_of_the_cache_are_evicted(s3: ObjectServer, tmp_path: Path) -> None:

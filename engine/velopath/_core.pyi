@@ -138,6 +138,10 @@ class Sampler:
     def waits(self) -> bool:
         """Whether the next step is not released."""
 
+    @property
+    def released(self) -> int:
+        """The first step that is not released."""
+
     def load(self, step: int, drawn: Sequence[int], error: Sequence[int], mixes: Sequence[_Mix]) -> None: ...
 
 def plan_rows(

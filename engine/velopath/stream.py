@@ -181,7 +181,7 @@ def open_sampler(
     log = AuditLog(audit, audit_parent) if audit is not None and rank == 0 else None
     first = MixtureWeights(mix.names, mix.shares, 0, start_step)
     fed = {k: (domain.stream, domain.remote) for k, domain in enumerate(data.values()) if domain.remote}
-    feed = Feed(core, fed, shards, global_rows=rows * world) if fed else None
+    feed = Feed(core, fed, shards, global_rows=rows * world, window=choice.window) if fed else None
     return Sampler(core, identity, rank, first, log, bad, shards, feed)
 
 

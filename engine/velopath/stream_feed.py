@@ -2,9 +2,9 @@
 
 The plan of the coming steps is known exactly (`Sampler.scout` of the core), and so is the order in which their shards
 are first needed. Threads fetch in that order; a step is released to the reader threads when all its shards are
-attached; a shard is detached behind its last step in sight where the cache has a limit. A push changes the plan from
-its step on: the feed looks again. Where the shards of the next step do not come, `next` waits, and raises what the
-fetch raised.
+attached. Where the cache has a limit, a shard is detached behind its last step in sight, and before that, those needed
+last first, where the next step has no room else. A push changes the plan from its step on: the feed looks again. Where
+the shards of the next step do not come, `next` waits, and raises what the fetch raised.
 """
 
 from __future__ import annotations
@@ -70,9 +70,11 @@ class Feed:
         cache: Cache,
         *,
         global_rows: int,
+        window: int,
         threads: int = 4,
         ahead: int = 16,
     ) -> None:
+        _check_room(streams, cache, window)
         self._core, self._streams, self._cache = core, streams, cache
         self._horizon = max(_CHUNK, min(_STEPS_AHEAD, _ROWS_AHEAD // global_rows))
         self._ahead = ahead
@@ -174,7 +176,10 @@ class Feed:
             plan = _Plan(id, first, deque(), (at, drawn, error))
             self._failed.clear()
         missing = {shard for step in plan.steps for shard in step} - set(self._attached)
-        while not plan.ended and len(plan.steps) < self._horizon and len(missing) < self._ahead:
+        while not plan.ended and (
+            (len(plan.steps) < self._horizon and len(missing) < self._ahead)
+            or plan.first + len(plan.steps) < self._core.released  # what may be read stays in sight
+        ):
             id, first, steps, at, drawn, error = self._core.scout(*plan.behind, _CHUNK)
             if id != plan.id:  # a push or a load: what was seen is void
                 self._plan = None
@@ -191,10 +196,29 @@ class Feed:
         if self._cache.limit is None and len(self._attached) < _MOST_ATTACHED:
             return
         for shard in [s for s in self._attached if s not in needed]:
-            stream, entries = self._streams[shard[0]]
-            stream.detach(shard[1])
-            self._cache.release(entries[shard[1]])
-            del self._attached[shard]
+            self._let_go(shard)
+
+    def _let_go(self, shard: Shard) -> None:
+        stream, entries = self._streams[shard[0]]
+        stream.detach(shard[1])
+        self._cache.release(entries[shard[1]])
+        del self._attached[shard]
+
+    def _make_room(self, size: int, steps: Sequence[Sequence[Shard]]) -> None:
+        """Let go of attached shards until `size` bytes fit the limit, those needed last first.
+
+        `steps` are those from the next one on, which is not released, so that no other shards are read now. Its own
+        stay; where that is not enough, the limit is passed: a step needs what it needs.
+        """
+        needed_at: dict[Shard, int] = {}
+        for number, step in enumerate(steps):
+            for shard in step:
+                needed_at.setdefault(shard, number)
+        others = [s for s in self._attached if needed_at.get(s, 1)]
+        for shard in sorted(others, key=lambda s: needed_at.get(s, len(steps)), reverse=True):
+            self._let_go(shard)
+            if self._cache.has_room(size):
+                return
 
     def _release(self, plan: _Plan) -> None:
         """Release the steps before the first one that lacks a shard; tell why where its fetch failed."""
@@ -235,8 +259,11 @@ class Feed:
 
     def _fetch(self, needed: Mapping[Shard, None], plan: _Plan) -> None:
         """Start fetches in the order of need, as long as there are threads and, but for the next step, room."""
-        urgent = next((s for s in plan.steps if any(x not in self._attached for x in s)), [])
-        waits = self._core.waits
+        ready = next(
+            (n for n, step in enumerate(plan.steps) if any(s not in self._attached for s in step)), 0
+        )
+        # Where next() waits, every step before the first that lacks a shard has been handed out.
+        urgent = plan.steps[ready] if plan.steps and self._core.waits else []
         under_way = sum(self._streams[k][1][s].raw_bytes for k, s in self._fetching)
         for shard in needed:
             if len(self._fetching) >= self._threads:
@@ -244,8 +271,10 @@ class Feed:
             if shard in self._attached or shard in self._fetching or not self._may_try(shard):
                 continue
             size = self._streams[shard[0]][1][shard[1]].raw_bytes
-            if not (waits and shard in urgent) and not self._cache.has_room(size + under_way):
-                return
+            if not self._cache.has_room(size + under_way):
+                if shard not in urgent:
+                    return
+                self._make_room(size + under_way, list(plan.steps)[ready:])
             under_way += size
             self._fetching[shard] = future = self._pool.submit(partial(self._bring, shard))
             future.add_done_callback(lambda _: self._wake.set())
@@ -271,6 +300,22 @@ class Feed:
                 self._cache.release(entry)
                 if last or path.exists() or not isinstance(error, DataError):
                     raise
+
+
+def _check_room(
+    streams: Mapping[int, tuple[_core.TokenStream, Sequence[ShardEntry]]], cache: Cache, window: int
+) -> None:
+    """Warn where the shards that are read at a time, and the neighbours where their last rows end, pass the limit."""
+    touched = 0
+    for _, entries in streams.values():
+        sizes = sorted((entry.raw_bytes for entry in entries), reverse=True)
+        touched += sum(sizes[: window + 1 if window else None])
+    if cache.limit is not None and touched > cache.limit:
+        logger.warning(
+            "cache_limit is %d bytes, and up to %d are read at a time (%s): shards will be fetched again and again; "
+            "raise it, or read fewer at a time by a smaller window",
+            cache.limit, touched, f"windows of {window} shards" if window else "an order over whole domains",
+        )  # fmt: skip
 
 
 def _problem(error: BaseException) -> str:
