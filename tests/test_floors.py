@@ -40,6 +40,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "mds",
         "remote",
         "cache",
+        "shard_journal",
         "token_counts",
         "audit",
         "stream",

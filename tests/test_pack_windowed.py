@@ -23,7 +23,7 @@ from velopath.cli.app import app
 from velopath.errors import ConfigError, DataError
 from velopath.mds import load_index, read_documents
 from velopath.pack import Bins, load_bins
-from velopath.pack_bins import best_fit_groups
+from velopath.pack_bins import best_fit_groups, count_bins
 from velopath.stream import Sampler
 from velopath.stream_data import open_domains
 from velopath.stream_order import Order
@@ -54,6 +54,7 @@ def test_bins_of_a_group_are_best_fit_decreasing_of_its_documents(parts: list[li
         held = {int(d) for b in bins for d in b[:, 0]}
         assert held == {first + i for i, n in enumerate(part) if n}
     one = best_fit_groups(lengths, [0], width)
+    assert count_bins(lengths, width) == len(one[0]) - 1
     assert sum(int(p[2]) for p in pieces) == sum(int(p[2]) for p in one[2]) and cut == one[3]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -134,6 +135,25 @@ def test_a_file_system_that_hangs_keeps_nobody(folder: Path, tmp_path: Path) -> 
     assert (process.returncode, err) == (0, "")
     assert time.monotonic() - begin < MOST_SECONDS
     assert not list(tmp_path.glob("*.mds*"))
+
+
+def test_ctrl_c_ends_the_opening(folder: Path, tmp_path: Path) -> None:
+    """While the index stalls, and while shards are fetched to be measured."""
+    for path, kind in (("/counted/a/index.json", "counted"), ("*", "bare")):
+        with serving(folder) as server:
+            server.faults[path] = ["stall", "..."]
+            if path == "*":
+                server.faults.clear()
+                stall(server, folder)
+            with running(fill(OPEN, server, kind, tmp_path)) as process:
+                wait_until(lambda s=server, p=path: s.gets[p] or shards_asked(s))
+                time.sleep(0.3)
+                begin = time.monotonic()
+                process.send_signal(signal.SIGINT)
+                _, err = process.communicate(timeout=60)
+            assert time.monotonic() - begin < MOST_SECONDS, path
+            assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in err
+        assert not list(tmp_path.glob("*.mds*"))
 
 
 def test_a_stopped_read_drops_its_connection() -> None:

@@ -34,13 +34,16 @@ def s3(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield f"s3://{data.name}"
 
 
-def test_a_run_on_remote_data_reads_what_a_local_one_reads(data: Path, s3: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_a_run_on_remote_data_reads_what_a_local_one_reads(
+    data: Path, s3: str, tmp_path: Path, packing: str
+) -> None:
     env = SETTINGS | {
         "AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"],
         "VELOPATH_CACHE": str(tmp_path / "cache"),
     }
     for name, root in (("far", s3), ("near", str(data))):
-        config = tree(data, data__order="windowed", data__cache_limit="1GB")
+        config = tree(data, data__order="windowed", data__packing=packing, data__cache_limit="1GB")
         config["data"]["slices"] = {"one": config["data"]["slices"]["one"] | {"root": root, "steps": 30}}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
         done = velopath("train", tmp_path / f"{name}.yaml", "--run", tmp_path / name, env=env)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -103,11 +103,12 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = True, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
     """Hold the lock file `path` (created, never deleted) against other processes; yields whether it is held.
 
-    With `wait=False` yields False at once where another process holds it. The kernel releases the lock of a
-    process that dies, so no lock is ever stale. Raises `WriteError` where the file cannot be made.
+    With `wait=False` yields False at once where another process holds it; else `on_wait` is called before it waits for
+    that. The kernel releases the lock of a process that dies, so no lock is ever stale. Raises `WriteError` where the
+    file cannot be made.
     """
     try:
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -117,7 +118,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         held = True
         if fcntl is not None:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                held = False
+                held = wait
+                if wait:
+                    if on_wait is not None:
+                        on_wait()
+                    fcntl.flock(file, fcntl.LOCK_EX)
         yield held

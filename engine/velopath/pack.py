@@ -7,15 +7,18 @@ bin come from one group of `bin_shards` neighbouring shards that hold tokens: th
 Their file is one JSON line, padded to whole 64 bytes, then `starts` (uint64), the first bin of each group (uint64, none
 where bins reach over all) and `pieces` (uint32 x 3), as `best_fit_groups` returns them, little-endian; the line names
 the version, T, the end-of-text token, `bin_shards`, the data (the hash of their index) and a hash of what follows. A
-file that does not fit in any of these is computed anew.
+file that does not fit in any of these is computed anew. It stands beside the shards. That of a remote folder is fetched
+from there into the cache; where there is none the documents are measured, which fetches every shard once.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,19 @@ import xxhash
 from numpy.typing import NDArray
 
 from velopath import _core
-from velopath.cache import default_cache
+from velopath.cache import Cache
 from velopath.durable import durable, locked, make_folder
 from velopath.errors import ConfigError, DataError, WriteError
+from velopath.remote import MissingError, copy
+from velopath.shard_journal import tell_wait
 from velopath.stream_data import DomainData
 from velopath.stream_options import RowChoice
+from velopath.urls import below, redact
 
 _VERSION = 1
 _ALIGNED = 64
+
+logger = logging.getLogger("velopath.remote")
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,8 @@ class Bins:
 
     `documents` are those that hold tokens (an end-of-text token counts), `truncated` those cut because they are
     longer than a row, `tokens` what the bins hold without padding. `cut_by_concat` is the share of documents that
-    `concat` is expected to cut at the bounds of rows: the mean of min(1, (length - 1) / T).
+    `concat` is expected to cut at the bounds of rows: the mean of min(1, (length - 1) / T). `whole_rows` are the bins
+    that there would be if they reached over the whole domain.
     """
 
     path: Path
@@ -50,6 +59,7 @@ class Bins:
     truncated: int
     tokens: int
     cut_by_concat: float
+    whole_rows: int
     starts: NDArray[np.uint64]
     groups: NDArray[np.uint64]
     pieces: NDArray[np.uint32]
@@ -70,6 +80,11 @@ class Bins:
         return 1 - self.tokens / (self.rows * (self.row_tokens + 1))
 
     @property
+    def whole_padding_share(self) -> float:
+        """What `padding_share` would be if bins reached over the whole domain; the same documents are cut."""
+        return 1 - self.tokens / (self.whole_rows * (self.row_tokens + 1))
+
+    @property
     def packing(self) -> _core.Packing:
         """For the core's sampler."""
         return _core.Packing(
@@ -87,14 +102,14 @@ def load_bins(
     eos: int | None,
     *,
     bin_shards: int = 0,
-    cache: str | Path | None = None,
+    cache: Cache | str | Path | None = None,
 ) -> Bins:
     """The bins of a domain for rows of T = `row_tokens`: from their file, or computed and stored.
 
-    `bin_shards`: the neighbouring shards that the documents of a bin come from, 0: all.
-    The file stands beside the shards, or in `cache` where that folder cannot be written. Processes that ask at once
-    wait for the one that computes. Raises `DataError` where no document holds a token, `ConfigError` where neither
-    place can be written.
+    `bin_shards`: the neighbouring shards that the documents of a bin come from, 0: all. The file stands beside the
+    shards, or in `cache` where that folder is remote or cannot be written. Processes that ask at once wait for the one
+    that computes. Raises `DataError` where no document holds a token, `ConfigError` where neither place can be written,
+    and what fetches raise.
     """
     group = f".g{bin_shards}" if bin_shards else ""
     name = f"best_fit.t{row_tokens}.eos{'' if eos is None else eos}{group}.bins"
@@ -109,8 +124,12 @@ def load_bins(
     }
     if bin_shards:
         facts["bin_shards"] = bin_shards
-    other = Path(cache) if cache is not None else default_cache()
-    places = [Path(domain.folder) / name, other / f"{domain.fingerprint}.{name}"]
+    held = cache if isinstance(cache, Cache) else Cache(cache)
+    if domain.remote:
+        place = xxhash.xxh3_128_hexdigest(f"{redact(str(domain.folder))}\0{domain.fingerprint}".encode())
+        places = [held.folder / f"{place}.{name}"]
+    else:
+        places = [Path(domain.folder) / name, held.folder / f"{domain.fingerprint}.{name}"]
     for path in places:
         if (found := _read(path, facts)) is not None:
             return found
@@ -118,10 +137,14 @@ def load_bins(
     for path in places:
         try:
             make_folder(path.parent)
-            with locked(path.with_suffix(".lock")):
+            with locked(path.with_suffix(".lock"), on_wait=partial(tell_wait, domain.folder)):
                 found = _read(path, facts)  # another process may have computed it while this one waited
+                if found is None and domain.remote:
+                    url = str(below(domain.folder, name))
+                    if _fetch(path, url, domain, row_tokens, held) and (found := _read(path, facts)) is None:
+                        logger.warning("%s is of other data; the documents are measured", redact(url))
                 if found is None:
-                    _write(path, facts, domain.stream)
+                    _write(path, facts, domain)
                     found = _read(path, facts)
             if found is not None:
                 return found
@@ -137,7 +160,7 @@ def bins_of(
     choice: RowChoice,
     row_tokens: int,
     eos: int | None,
-    cache: str | Path | None,
+    cache: Cache,
 ) -> list[Bins]:
     """The bins of each domain; none where rows are no bins."""
     if choice.packing == "concat":
@@ -157,14 +180,6 @@ def window_parts(
     if bins:
         return tuple(tuple(b.groups.tolist()) for b in bins)
     return tuple(tuple(stream.shard_positions.tolist()) for stream in streams)
-
-
-def whole_padding_share(lengths: NDArray[np.uint32], row_tokens: int) -> float:
-    """The `padding_share` of bins that reach over the whole domain, to compare those of groups with; not stored."""
-    from velopath.pack_bins import best_fit_bins
-
-    starts, pieces, _ = best_fit_bins(lengths, row_tokens + 1)
-    return 1 - int(pieces[:, 2].sum(dtype=np.int64)) / ((len(starts) - 1) * (row_tokens + 1))
 
 
 def _read(path: Path, facts: dict[str, Any]) -> Bins | None:
@@ -187,6 +202,7 @@ def _read(path: Path, facts: dict[str, Any]) -> Bins | None:
                 head["truncated"],
                 head["tokens"],
                 head["cut_by_concat"],
+                head["whole_bins"] if groups_bytes else head["bins"],
                 np.asarray(body[:starts_bytes]).view("<u8"),
                 np.asarray(body[starts_bytes:pieces_at]).view("<u8"),
                 np.asarray(body[pieces_at:]).view("<u4").reshape(-1, 3),
@@ -194,16 +210,27 @@ def _read(path: Path, facts: dict[str, Any]) -> Bins | None:
     return None
 
 
-def _write(path: Path, facts: dict[str, Any], stream: _core.TokenStream) -> None:
-    """Compute the bins and store them."""
-    from velopath.pack_bins import best_fit_groups  # numba; not needed where the file is there
+def _fetch(path: Path, url: str, domain: DomainData, row_tokens: int, cache: Cache) -> bool:
+    """Copy the file that stands beside a remote folder's shards to `path`; whether there is one."""
+    pieces = domain.stream.documents + domain.stream.tokens // row_tokens + 1
+    most = (1 << 16) + 20 * pieces + 8 * len(domain.remote)  # as large as bins of these documents can be
+    try:
+        copy(url, path, most=most, policy=cache.policy, stop=cache.stop)
+    except MissingError:
+        return False
+    return True
 
-    lengths = stream.lengths
+
+def _write(path: Path, facts: dict[str, Any], domain: DomainData) -> None:
+    """Compute the bins and store them."""
+    from velopath.pack_bins import best_fit_groups, count_bins  # numba; not needed where the file is there
+
+    lengths = domain.lengths()
     if len(lengths) >= 1 << 32:
         raise DataError(f"{len(lengths)} documents; best_fit takes fewer than 2^32", path=path.parent)
     row_tokens = facts["row_tokens"]
     step = facts.get("bin_shards", 0)
-    firsts = stream.shard_documents[::step].tolist() if step else [0]
+    firsts = domain.stream.shard_documents[::step].tolist() if step else [0]
     starts, groups, pieces, truncated = best_fit_groups(lengths, firsts, row_tokens + 1)
     groups = groups if step else groups[:0]
     held = lengths[lengths > 0].astype(np.int64)
@@ -212,7 +239,7 @@ def _write(path: Path, facts: dict[str, Any], stream: _core.TokenStream) -> None
     head = facts | {
         "bins": len(starts) - 1,
         "pieces": len(pieces),
-        **({"groups": len(groups)} if step else {}),
+        **({"groups": len(groups), "whole_bins": count_bins(lengths, row_tokens + 1)} if step else {}),
         "documents": len(held),
         "truncated": truncated,
         "tokens": int(pieces[:, 2].sum(dtype=np.int64)),

@@ -101,42 +101,84 @@ def _place(lengths, width, full, rest, by_length):  # type: ignore[no-untyped-de
 @njit
 def _fit(pieces, bins, full, width):  # type: ignore[no-untyped-def]
     """Best fit of `pieces[full:]`: open bins stand in stacks by their room, a tree tells which are not empty."""
-    leaves = 1
-    while leaves < width + 1:
-        leaves *= 2
+    leaves = _leaves(width)
     some = np.zeros(2 * leaves, np.bool_)  # node i: a stack below it is not empty
     top = np.full(width + 1, -1, np.int64)
     below = np.empty(len(pieces), np.int64)
     opened = full
     for p in range(full, len(pieces)):
         length = int(pieces[p, 2])
-        node = leaves + length
-        if not some[
-            node
-        ]:  # climb to the nearest subtree on the right that is not empty, and go down its left edge
-            while node > 1 and (node % 2 == 1 or not some[node + 1]):
-                node //= 2
-            if node > 1:
-                node += 1
-                while node < leaves:
-                    node = 2 * node if some[2 * node] else 2 * node + 1
-        if node <= 1:
+        room = _least_room(some, leaves, length)
+        if room < 0:
             room, bin_ = width, opened
             opened += 1
         else:
-            room = node - leaves
             bin_ = top[room]
             top[room] = below[bin_]
             if top[room] < 0:
-                while node >= 1 and (node >= leaves or not (some[2 * node] or some[2 * node + 1])):
-                    some[node] = False
-                    node //= 2
+                _set(some, leaves, room, False)
         bins[p] = bin_
         room -= length
         if room > 0:
             below[bin_] = top[room]
             top[room] = bin_
-            node = leaves + room
-            while node >= 1 and not some[node]:
-                some[node] = True
-                node //= 2
+            _set(some, leaves, room, True)
+
+
+@njit
+def count_bins(lengths, width):  # type: ignore[no-untyped-def]
+    """How many bins `best_fit_bins` makes, in memory for `width` numbers: only the rooms of bins matter."""
+    opened, _, by_length = _count(lengths, width)
+    leaves = _leaves(width)
+    some = np.zeros(2 * leaves, np.bool_)
+    open_ = np.zeros(width + 1, np.int64)  # bins of each room
+    for length in range(width - 1, 0, -1):
+        for _ in range(by_length[length]):
+            room = _least_room(some, leaves, length)
+            if room < 0:
+                room = width
+                opened += 1
+            else:
+                open_[room] -= 1
+                if open_[room] == 0:
+                    _set(some, leaves, room, False)
+            room -= length
+            if room > 0:
+                open_[room] += 1
+                _set(some, leaves, room, True)
+    return opened
+
+
+@njit
+def _leaves(width):  # type: ignore[no-untyped-def]
+    leaves = 1
+    while leaves < width + 1:
+        leaves *= 2
+    return leaves
+
+
+@njit
+def _least_room(some, leaves, length):  # type: ignore[no-untyped-def]
+    """The least room of `length` or more that a bin has, -1 where none has: climb to the nearest subtree on the right
+    that is not empty, and go down its left edge."""
+    node = leaves + length
+    if not some[node]:
+        while node > 1 and (node % 2 == 1 or not some[node + 1]):
+            node //= 2
+        if node <= 1:
+            return -1
+        node += 1
+        while node < leaves:
+            node = 2 * node if some[2 * node] else 2 * node + 1
+    return node - leaves
+
+
+@njit
+def _set(some, leaves, room, value):  # type: ignore[no-untyped-def]
+    """Bins of this room are there, or none any more."""
+    node = leaves + room
+    while node >= 1 and some[node] != value:
+        if not value and node < leaves and (some[2 * node] or some[2 * node + 1]):
+            break
+        some[node] = value
+        node //= 2

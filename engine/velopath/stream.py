@@ -118,10 +118,6 @@ def open_sampler(
     folders = domain_folders(root)
     far = [name for name, folder in folders.items() if is_url(folder)]
     choice = choose_rows(packing, order, window, bin_shards, remote=bool(far))
-    if far and packing == "best_fit":
-        raise ConfigError(
-            f"domain {far[0]!r} is remote; best_fit needs its shards here: copy it, or choose concat"
-        )
     if weights is not None:
         check_weights(weights, tuple(folders))
     eos = end_of_text(folders, eos)
@@ -138,7 +134,7 @@ def open_sampler(
             )
     streams = [domain.stream for domain in data.values()]
     bad = tuple(one for domain in data.values() for one in domain.bad)
-    bins = bins_of(data, choice, row_tokens, eos, cache)
+    bins = bins_of(data, choice, row_tokens, eos, shards)
     identity = Identity(
         seed=seed,
         start_step=start_step,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from velopath import _core, remote
 from velopath.cache import Cache
@@ -14,6 +17,7 @@ from velopath.config import DataConfig
 from velopath.errors import ConfigError, DataError
 from velopath.mds import MdsFolder, ShardEntry, load_index, shard_token_column
 from velopath.remote import FetchPolicy
+from velopath.shard_journal import Lengths, measure
 from velopath.stream_quarantine import BadShard, leave_out_bad
 from velopath.token_counts import load_counts
 from velopath.urls import below, is_url, parent, redact
@@ -24,11 +28,13 @@ _INFLATERS = 8
 
 class DomainData(NamedTuple):
     """One domain: its folder (a path, or a URL), its documents as the core reads them, a hash of what the index says of
-    them, the shards that were left out, and those of a remote domain, which a `Feed` fetches."""
+    them, the tokens of each document, its end-of-text token included, the shards that were left out, and those of a
+    remote domain, which a `Feed` fetches. To call `lengths` of a remote domain may fetch all of it, once."""
 
     folder: str | Path
     stream: _core.TokenStream
     fingerprint: str
+    lengths: Callable[[], Lengths]
     bad: tuple[BadShard, ...] = ()
     remote: tuple[ShardEntry, ...] = ()
 
@@ -64,22 +70,42 @@ def open_domains(
             data[name] = _remote_data(far[name], eos, held, bytes_dtype)
         else:
             stream = _core.TokenStream(shards[name], eos)
-            data[name] = DomainData(folder, stream, near[name].fingerprint, bad.get(name, ()))
+            lengths = partial(_lengths_of, stream)
+            data[name] = DomainData(folder, stream, near[name].fingerprint, lengths, bad.get(name, ()))
     return data
+
+
+def _lengths_of(stream: _core.TokenStream) -> Lengths:
+    return stream.lengths
 
 
 def _remote_data(index: MdsFolder, eos: int | None, cache: Cache, bytes_dtype: str) -> DomainData:
     """A domain whose shards are fetched when they are needed: only their tokens are known."""
-
-    def count(entry: ShardEntry) -> int:
-        with cache.held(entry) as path:
-            return _core.TokenStream([_shard_of(entry, bytes_dtype, path)], None).tokens
-
-    counts = load_counts(index, count, bytes_dtype=bytes_dtype, cache=cache)
     shards = [_shard_of(entry, bytes_dtype, entry.place) for entry in index.shards]
-    return DomainData(
-        index.folder, _core.TokenStream(shards, eos, counts), index.fingerprint, (), index.shards
-    )
+
+    def look(entry: ShardEntry) -> Lengths:
+        with cache.held(entry) as path:
+            return _core.TokenStream([_shard_of(entry, bytes_dtype, path)], None).lengths
+
+    def measured() -> list[Lengths]:
+        found = measure(index, look, bytes_dtype=bytes_dtype, cache=cache, why="to count their tokens")
+        return [lengths for lengths in found if not isinstance(lengths, str)]
+
+    counts = load_counts(index, measured, bytes_dtype=bytes_dtype, cache=cache)
+
+    def lengths() -> Lengths:
+        found = measured()
+        for entry, counted, own in zip(index.shards, counts, found, strict=True):
+            if (tokens := int(own.sum(dtype=np.int64))) != counted:
+                raise DataError(
+                    f"the shard holds {tokens} tokens, {counted} were counted; remove the counts, or write the "
+                    "folder again",
+                    path=entry.place,
+                )
+        return np.concatenate(found) + np.uint32(eos is not None)
+
+    stream = _core.TokenStream(shards, eos, counts)
+    return DomainData(index.folder, stream, index.fingerprint, lengths, (), index.shards)
 
 
 def domain_folders(root: str | Path | Mapping[str, str | Path]) -> dict[str, str | Path]:

@@ -3,30 +3,29 @@
 `token_counts.json` beside `index.json` holds them: version, the index they belong to (its fingerprint), the type that
 `bytes` columns were read as (null where tokens are an ndarray), and for each shard the tokens that are stored in it.
 `velopath prepare` writes it. For a remote folder without one, every shard is fetched once and the counts are kept in
-the cache.
+the cache (`velopath.shard_journal`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from velopath.cache import Cache
-from velopath.durable import locked, make_folder, write_durably
+from velopath.durable import make_folder, write_durably
 from velopath.errors import DataError
-from velopath.mds import MdsFolder, ShardEntry, shard_token_column
+from velopath.mds import MdsFolder, shard_token_column
 from velopath.remote import read_if_there
+from velopath.shard_journal import Lengths
 from velopath.urls import below, redact
 
 NAME = "token_counts.json"
-_COUNTERS = 8
 
 logger = logging.getLogger("velopath.remote")
 
@@ -37,12 +36,12 @@ def write_counts(index: MdsFolder, tokens: list[int], *, bytes_dtype: str = "int
 
 
 def load_counts(
-    index: MdsFolder, count: Callable[[ShardEntry], int], *, bytes_dtype: str, cache: Cache
+    index: MdsFolder, measure: Callable[[], Sequence[Lengths]], *, bytes_dtype: str, cache: Cache
 ) -> list[int]:
     """Tokens of each shard of a remote folder, without end-of-text tokens.
 
-    From the file beside its index, or from the cache, or by `count` of every shard, side by side; processes that ask at
-    once wait for the one that counts. Raises `DataError` where the file is there and malformed.
+    From the file beside its index, or from the cache, or the sums of what `measure` returns: the tokens of each
+    document of every shard. Raises `DataError` where the file is there and malformed.
     """
     place = str(below(index.folder, NAME))
     content = read_if_there(place, cache.policy)
@@ -56,27 +55,12 @@ def load_counts(
         f"{redact(str(index.folder))}\0{index.fingerprint}\0{bytes_dtype}".encode()
     )
     kept = cache.folder / f"{key}.counts.json"
-    with locked(kept.with_suffix(".lock")):
-        with suppress(DataError):  # damaged: counted anew
-            if kept.is_file() and (found := _parsed(kept.read_bytes(), index, bytes_dtype)) is not None:
-                return found
-        tokens = _count_all(index, count)
-        write_durably(kept, _content(index, tokens, bytes_dtype))
+    with suppress(DataError):  # damaged: counted anew
+        if kept.is_file() and (found := _parsed(kept.read_bytes(), index, bytes_dtype)) is not None:
+            return found
+    tokens = [int(lengths.sum(dtype=np.int64)) for lengths in measure()]
+    write_durably(kept, _content(index, tokens, bytes_dtype))
     return tokens
-
-
-def _count_all(index: MdsFolder, count: Callable[[ShardEntry], int]) -> list[int]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    size = sum(s.raw_bytes if s.zip_bytes is None else s.zip_bytes for s in index.shards)
-    text = f"{redact(str(index.folder))} has no {NAME} of velopath prepare: fetching its {len(index.shards)} shards"
-    logger.warning("%s (%.1f MB) once to count their tokens", text, size / 1e6)
-    shown = Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    with shown as bars, ThreadPoolExecutor(_COUNTERS) as pool:
-        return list(
-            bars.track(pool.map(count, index.shards), total=len(index.shards), description="counting tokens")
-        )
 
 
 def _content(index: MdsFolder, tokens: list[int], bytes_dtype: str) -> bytes:

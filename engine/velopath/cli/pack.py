@@ -9,14 +9,18 @@ import typer
 
 
 def pack(
-    data: Annotated[Path, typer.Argument(help="folder made by prepare, or one of MDS folders")],
+    data: Annotated[str, typer.Argument(help="folder or URL made by prepare, or one of MDS folders")],
     row_tokens: Annotated[int, typer.Option("--row-tokens", "-t", min=1, help="inputs of a row, T")] = 2048,
     bin_shards: Annotated[
         int | None,
         typer.Option("--bin-shards", "-g", min=1, help="bins from so many shards each; default: all"),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="for inflated shards, and bins where DATA cannot be written")
+        Path | None,
+        typer.Option(help="for fetched and inflated shards, and bins where DATA cannot be written"),
+    ] = None,
+    cache_limit: Annotated[
+        str | None, typer.Option(help="largest size of its shards, such as 50GB; default: no limit")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of the table")] = False,
 ) -> None:
@@ -31,21 +35,22 @@ def pack(
 
     Example: velopath pack data/2026q1 --row-tokens 4096
 
+    Of remote data every shard is fetched once, unless bins stand beside them: pack data before you upload them.
+
     Example: velopath pack data/2026q1 -t 4096 --bin-shards 1
+
+    Example: velopath pack s3://bucket/2026q1 -t 4096 --bin-shards 1 --cache-limit 50GB
     """
-    from velopath.pack import load_bins, whole_padding_share
+    from velopath.cache import Cache, parse_size
+    from velopath.pack import load_bins
     from velopath.stream_data import domain_folders, end_of_text, open_domains
 
     folders = domain_folders(data)
     eos = end_of_text(folders, None)
-    data_of = open_domains(folders, eos, cache=cache)
+    shards = Cache(cache, None if cache_limit is None else parse_size(cache_limit))
     found = {
-        name: load_bins(domain, row_tokens, eos, bin_shards=bin_shards or 0, cache=cache)
-        for name, domain in data_of.items()
-    }
-    whole = {
-        name: whole_padding_share(domain.stream.lengths, row_tokens) if bin_shards else None
-        for name, domain in data_of.items()
+        name: load_bins(domain, row_tokens, eos, bin_shards=bin_shards or 0, cache=shards)
+        for name, domain in open_domains(folders, eos, cache=shards).items()
     }
     facts = {
         name: {
@@ -55,7 +60,7 @@ def pack(
             "truncated_share": bins.truncated_share,
             "cut_by_concat": bins.cut_by_concat,
             "padding_share": bins.padding_share,
-            **({"whole_padding_share": whole[name]} if bin_shards else {}),
+            "whole_padding_share": bins.whole_padding_share,
             "file": str(bins.path),
         }
         for name, bins in found.items()
@@ -84,6 +89,6 @@ def pack(
             f"{bins.truncated_share:.2%}",
             f"{bins.cut_by_concat:.2%}",
             f"{bins.padding_share:.3%}",
-            *[f"{share:.3%}" for share in [whole[name]] if share is not None],
+            *[f"{bins.whole_padding_share:.3%}" for _ in compared],
         )
     Console().print(table)
