@@ -265,8 +265,10 @@ std::tuple<u64, u64, Needs, u64, std::vector<u64>, std::vector<i64>> scout(const
     return {found.plan, found.first, std::move(found.shards), found.behind.step, found.behind.drawn, found.behind.error};
 }
 
-void fail(const Handle& handle, const std::string& problem, const std::string& path, std::optional<u64> plan) {
-    const auto error = path.empty() ? std::make_exception_ptr(VelopathError(problem)) : std::make_exception_ptr(DataError(problem, path));
+void fail(const Handle& handle, const std::string& problem, const std::string& path, std::optional<u64> plan, i64 sample,
+          const std::string& field) {
+    const auto error = path.empty() ? std::make_exception_ptr(VelopathError(problem))
+                                    : std::make_exception_ptr(DataError(problem, path, sample, field));
     unlocked(handle, [&](Sampler& s) { s.fail(error, plan); });
 }
 
@@ -344,7 +346,8 @@ void bind_sampler(py::module_& m) {
         .def("scout", &scout, py::arg("step"), py::arg("drawn"), py::arg("error"), py::arg("steps"))
         .def("release", [](const Handle& h, u64 until, u64 plan) { return unlocked(h, [=](Sampler& s) { return s.release(until, plan); }); },
              py::arg("until"), py::arg("plan"))
-        .def("fail", &fail, py::arg("problem"), py::arg("path"), py::arg("plan"))
+        .def("fail", &fail, py::arg("problem"), py::arg("path") = std::string(), py::kw_only(), py::arg("plan"),
+             py::arg("sample") = -1, py::arg("field") = std::string())
         .def_property_readonly("waits", [](const Handle& h) { return unlocked(h, [](Sampler& s) { return s.waits(); }); })
         .def_property_readonly("released", [](const Handle& h) { return unlocked(h, [](Sampler& s) { return s.released(); }); })
         .def("load", &load_state, py::arg("step"), py::arg("drawn"), py::arg("error"), py::arg("mixes"));

@@ -103,6 +103,22 @@ MUTATIONS = [
         "test_quarantine.py::test_bad_shards_are_refused_or_left_out",
     ),
     engine(
+        "R6", "a remote shard is believed only where it was decoded and has a hash", "shard_journal.py",
+        "if lengths is not None and (not decoded or (flags & _DECODED and hashed(number))):",
+        "if lengths is not None:",
+        "test_remote_quarantine.py::test_shards_without_a_hash_are_read_at_every_start",
+    ),
+    engine(
+        "R6", "a remote shard that went bad is looked at again", "stream_feed.py",
+        "self._doubt[shard[0]](shard[1])", "pass",
+        "test_remote_quarantine.py::test_what_goes_bad_later_is_an_error_and_left_out_by_the_next_start",
+    ),
+    engine(
+        "R6", "a network that fails says nothing about a shard", "stream_remote.py",
+        "if isinstance(error, (FetchError, WriteError)) and not missing:", "if False:",
+        "test_remote_quarantine.py::test_a_network_or_a_store_that_refuses_says_nothing_about_a_shard",
+    ),
+    engine(
         "R6", "a state knows what was left out", "stream_state.py",
         "        if theirs != here:\n            raise ConfigError(\n                f\"the state was made",
         "        if False:\n            raise ConfigError(\n                f\"the state was made",
@@ -133,6 +149,15 @@ MUTATIONS = [
         "R9", "a fetch that failed is tried again while the steps go on", "stream_feed.py",
         "            del self._failed[shard]\n", "            return False\n",
         "test_remote_feed.py::test_a_network_that_was_down_ends_no_run",
+    ),
+    engine(
+        "R9", "Python waits for no thread that fetches", "remote_threads.py",
+        "daemon=True", "daemon=False", "test_remote_exit.py::test_leaving_python_waits_for_no_fetch",
+    ),
+    engine(
+        "R9", "a read that is stopped is cancelled", "remote_loop.py",
+        "            if stop.is_set():", "            if False:",
+        "test_remote_exit.py::test_leaving_python_waits_for_no_fetch",
     ),
     engine(
         "R9", "a cache folder that is removed is made again", "cache.py",

@@ -346,8 +346,6 @@ def test_what_cannot_be_opened(s3: ObjectServer, tmp_path: Path, monkeypatch: py
         open_sampler("s3://bucket/nothing", cache=tmp_path)
     with pytest.raises(DataError, match=r"s3://bucket/data/c/index.json: no such file"):
         open_sampler({"c": "s3://bucket/data/c"}, cache=tmp_path)
-    with pytest.raises(ConfigError, match="domain 'a' is remote; to find bad shards all would be fetched"):
-        open_sampler("s3://bucket/data", cache=tmp_path, on_bad_shard="quarantine")
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(ConfigError, match=r"need the package obstore: pip install 'velopath\[remote\]'"):
         read("s3://bucket/data/a/index.json")

@@ -19,7 +19,7 @@ from object_server import ObjectServer, serving
 from test_remote import write_folders
 from velopath import remote_loop
 from velopath.errors import ConfigError
-from velopath.remote_loop import StoppedError, wait_for
+from velopath.remote_loop import StoppedReadError, wait_for
 from velopath.remote_threads import FetchThreads
 
 MOST_SECONDS = 5.0
@@ -171,7 +171,7 @@ def test_a_stopped_read_drops_its_connection() -> None:
 
     threading.Timer(0.2, stop.set).start()
     begin = time.monotonic()
-    with pytest.raises(StoppedError):
+    with pytest.raises(StoppedReadError):
         wait_for(hang(), stop)
     assert begun.is_set() and ended.wait(5) and time.monotonic() - begin < 5
 
@@ -235,6 +235,6 @@ def test_after_a_fork_nothing_is_left_of_the_parents_loop(monkeypatch: pytest.Mo
 
     with pytest.raises(ConfigError, match=f"process {os.getpid()} read remote files and then forked"):
         wait_for(nothing(), threading.Event())
-    with suppress(StoppedError):
+    with suppress(StoppedReadError):
         monkeypatch.undo()
         wait_for(nothing(), threading.Event())

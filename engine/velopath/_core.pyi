@@ -131,7 +131,9 @@ class Sampler:
     def release(self, until: int, plan: int) -> bool:
         """Of a staged sampler: let the steps before `until` be planned; False where the plan is another by now."""
 
-    def fail(self, problem: str, path: str, plan: int | None) -> None:
+    def fail(
+        self, problem: str, path: str = "", *, plan: int | None, sample: int = -1, field: str = ""
+    ) -> None:
         """What `next` raises while the next step is not released: a `DataError`, without a path a `VelopathError`."""
 
     @property

@@ -42,7 +42,8 @@ class DataConfig(Tree):
     exhaustion: Literal["repeat", "renormalise", "stop"] = "repeat"
     on_bad_shard: Literal["fail", "quarantine"] = Field(
         "fail",
-        description="a damaged shard: an error, or left out on record (reads all data once at each start)",
+        description="a damaged shard: an error, or left out on record (reads all data once at each start; of a remote "
+        "shard with a hash once)",
     )
     packing: Literal["concat", "best_fit"] = Field(
         "concat", description="rows are parts of the joined documents, or hold whole ones and padding"

@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 from velopath.durable import durable, write_error
 from velopath.errors import ConfigError, DataError, WriteError
-from velopath.remote_loop import StoppedError, wait_for
+from velopath.remote_loop import StoppedReadError, wait_for
 from velopath.urls import OBSTORE, redact, redact_text
 
 logger = logging.getLogger("velopath.remote")
@@ -44,6 +44,14 @@ class FetchError(DataError):
 
 class MissingError(FetchError):
     """There is no such remote file, or none that may be seen: S3 denies what is not there to who may not list."""
+
+
+class DeniedError(MissingError):
+    """The store does not say whether there is such a file."""
+
+
+class SizeError(DataError):
+    """A remote file has another size than it is said to have, and came whole: no fault of the network."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,8 @@ def read(
 ) -> bytes:
     """The content of the object at `url`, which has `size` bytes where that is known, else 1 GiB at most.
 
-    `stop` ends it early. Raises `FetchError` where it is not there, not allowed, or every attempt fails; `ConfigError`
-    where the package for its scheme is missing.
+    `stop` ends it early. Raises `FetchError` where it is not there, not allowed, or every attempt fails; `SizeError`;
+    `ConfigError` where the package for its scheme is missing.
     """
     stop = stop or threading.Event()
     return _patiently(url, policy, stop, lambda: _read_once(url, size, policy.stall_seconds, stop))
@@ -139,17 +147,17 @@ def _patiently(url: str, policy: FetchPolicy, stop: threading.Event, attempt_onc
             raise FetchError("the fetch was stopped", path=shown)
         try:
             return attempt_once()
-        except (ConfigError, WriteError):
+        except (ConfigError, SizeError, WriteError):
             raise
-        except StoppedError:
+        except StoppedReadError:
             raise FetchError("the fetch was stopped", path=shown) from None
         except (FileNotFoundError, PermissionError) as error:
             if isinstance(error, FileNotFoundError):
                 raise MissingError(f"no such file; {_advice(url)}", path=shown) from None
-            raise MissingError(f"access is denied; {_advice(url)}", path=shown) from None
+            raise DeniedError(f"access is denied; {_advice(url)}", path=shown) from None
         except Exception as error:
             if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
-                raise MissingError(f"access is denied; {_advice(url)}", path=shown) from None
+                raise DeniedError(f"access is denied; {_advice(url)}", path=shown) from None
             problem = _first_line(error, url)
     raise FetchError(
         f"cannot be fetched, {policy.attempts} attempts failed, the last one by: {problem}", path=shown
@@ -225,25 +233,35 @@ def _read_once(url: str, size: int | None, stall_seconds: float, stop: threading
                 f"the body has more than {most} bytes" + ("" if size is None else f", expected {size}")
             )
 
-    _receive_once(url, take, stall_seconds, stop)
+    _receive_once(url, take, stall_seconds, stop, size)
     if size is not None and len(content) != size:
         raise OSError(f"the body has {len(content)} bytes, expected {size}")
     return bytes(content)
 
 
-def _receive_once(url: str, take: Callable[[Any], None], stall_seconds: float, stop: threading.Event) -> None:
+def _receive_once(
+    url: str,
+    take: Callable[[Any], None],
+    stall_seconds: float,
+    stop: threading.Event,
+    size: int | None = None,
+) -> None:
     if _scheme(url) in OBSTORE:
-        wait_for(_receive(url, stall_seconds, take), stop)
+        wait_for(_receive(url, stall_seconds, take, size), stop)
     else:
         for block in _watched(_fsspec().open(url, "rb").open, stall_seconds, stop):
             take(block)
 
 
-async def _receive(url: str, stall_seconds: float, take: Callable[[Any], None]) -> None:
+async def _receive(url: str, stall_seconds: float, take: Callable[[Any], None], size: int | None) -> None:
     """Hand the pieces of an object to `take` as they come; raises where none comes for `stall_seconds`."""
     store, path = _store(url, stall_seconds)
     found = await _obstore().get_async(store, path)
     expected, given = found.meta["size"], 0
+    if size is not None and expected != size:
+        raise SizeError(
+            f"the file has {expected} bytes, its index says {size}", path=redact(url), field="bytes"
+        )
     async for chunk in found.stream(min_chunk_size=_CHUNK_BYTES):
         given += len(chunk)
         take(chunk)
@@ -289,7 +307,7 @@ def _next_block(
     end = time.monotonic() + stall_seconds
     while (left := end - time.monotonic()) > 0:
         if stop.is_set():
-            raise StoppedError
+            raise StoppedReadError
         with suppress(queue.Empty):
             return blocks.get(timeout=min(left, _POLL_SECONDS))
     raise TimeoutError(f"no byte came for {stall_seconds:g} s")

@@ -22,7 +22,7 @@ _LEAVE_SECONDS = 1.0
 _T = TypeVar("_T")
 
 
-class StoppedError(Exception):
+class StoppedReadError(Exception):
     """The read was stopped before it ended."""
 
 
@@ -58,7 +58,7 @@ _forked_from: int | None = None
 
 
 def wait_for(task: Coroutine[Any, Any, _T], stop: threading.Event) -> _T:
-    """What the coroutine returns; it is cancelled, and `StoppedError` raised, where `stop` is set before it ends.
+    """What the coroutine returns; it is cancelled, and `StoppedReadError` raised, where `stop` is set before it ends.
 
     An interrupt (Ctrl-C) of the caller cancels it, too. Raises `ConfigError` in the fork of a process that has read
     remote files: the threads of its store do not exist there, and the read would never end.
@@ -72,10 +72,10 @@ def wait_for(task: Coroutine[Any, Any, _T], stop: threading.Event) -> _T:
     try:
         while not wait([future], _POLL_SECONDS).done:
             if stop.is_set():
-                raise StoppedError
+                raise StoppedReadError
         return future.result()
     except CancelledError:
-        raise StoppedError from None
+        raise StoppedReadError from None
     finally:
         with suppress(RuntimeError):  # the loop may have ended by now
             future.cancel()
@@ -92,7 +92,7 @@ def _the_loop() -> asyncio.AbstractEventLoop:
         if _running is None:
             _running = _Loop()
         if _running.ended:
-            raise StoppedError
+            raise StoppedReadError
         return _running.loop
 
 

@@ -2,9 +2,9 @@
 
 One file per folder: a first line that names the format, then a record per shard, appended as it is read, so that a
 process that is killed loses no more than the shards it was reading. A record is the shard's key in the cache (16
-bytes), flags (uint32: 1, every document was decoded), the number of documents (uint32), their tokens (uint32 each,
-without end-of-text tokens) and a hash of all that (xxh3, 8 bytes), little-endian. A record that does not fit its hash,
-and what follows it, is cut off.
+bytes), flags (uint32: 1, every document was decoded; 2, what was found before is void), the number of documents
+(uint32), their tokens (uint32 each, without end-of-text tokens) and a hash of all that (xxh3, 8 bytes), little-endian.
+A record that does not fit its hash, and what follows it, is cut off.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Look = Callable[[ShardEntry], Lengths | str]
 _FIRST = b"velopath.shards 1\n"
 _HEAD = struct.Struct("<16sII")
 _HASH = struct.Struct("<Q")
-_DECODED = 1
+_DECODED, _VOID = 1, 2
 _THREADS = 8
 
 logger = logging.getLogger("velopath.remote")
@@ -51,8 +51,7 @@ def measure(
     has room for, with a progress bar on a terminal; processes that ask at once wait for the one that reads.
     """
     make_folder(cache.folder)
-    name = f"{redact(str(index.folder))}\0{bytes_dtype}".encode()
-    path = cache.folder / f"{xxhash.xxh3_128_hexdigest(name)}.shards"
+    path = _path(index.folder, bytes_dtype, cache)
     keys = [bytes.fromhex(shard_key(entry)) for entry in index.shards]
 
     def hashed(number: int) -> bool:
@@ -81,6 +80,20 @@ def measure(
                         if not isinstance(lengths, str) and found.get(record[0], (None,))[0] != record[1]:
                             add(*record, lengths)
     return [known[number] for number in range(len(keys))]
+
+
+def forget(folder: str | Path, entry: ShardEntry, *, bytes_dtype: str, cache: Cache) -> None:
+    """Have the shard looked at again. Does nothing while another process writes to the journal."""
+    path = _path(folder, bytes_dtype, cache)
+    with locked(path.with_suffix(".lock"), wait=False) as free:
+        if free:
+            with _appending(path, _read(path)[1]) as add:
+                add(bytes.fromhex(shard_key(entry)), _VOID, np.zeros(0, np.uint32))
+
+
+def _path(folder: str | Path, bytes_dtype: str, cache: Cache) -> Path:
+    name = f"{redact(str(folder))}\0{bytes_dtype}".encode()
+    return cache.folder / f"{xxhash.xxh3_128_hexdigest(name)}.shards"
 
 
 @contextmanager
@@ -148,7 +161,8 @@ def _read(path: Path) -> tuple[dict[bytes, tuple[int, Lengths]], int]:
     content = memoryview(path.read_bytes() if path.is_file() else b"")
     if content[: len(_FIRST)] != _FIRST:
         return {}, 0
-    found, at = {}, len(_FIRST)
+    found: dict[bytes, tuple[int, Lengths]] = {}
+    at = len(_FIRST)
     while at + _HEAD.size <= len(content):
         key, flags, documents = _HEAD.unpack_from(content, at)
         end = at + _HEAD.size + 4 * documents
@@ -156,6 +170,8 @@ def _read(path: Path) -> tuple[dict[bytes, tuple[int, Lengths]], int]:
             break
         if _HASH.unpack_from(content, end)[0] != xxhash.xxh3_64_intdigest(content[at:end]):
             break
-        found[key] = flags, np.frombuffer(content[at + _HEAD.size : end], "<u4")
+        found.pop(key, None)
+        if not flags & _VOID:
+            found[key] = flags, np.frombuffer(content[at + _HEAD.size : end], "<u4")
         at = end + _HASH.size
     return found, at

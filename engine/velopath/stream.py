@@ -29,7 +29,7 @@ from velopath.remote import DEFAULT_POLICY, FetchPolicy
 from velopath.stream_batch import TokenBatch as TokenBatch
 from velopath.stream_data import domain_folders as domain_folders
 from velopath.stream_data import end_of_text, open_domains
-from velopath.stream_feed import Feed, FeedReport
+from velopath.stream_feed import Feed, FeedReport, feed_of
 from velopath.stream_options import check_choice, check_number, choose_rows
 from velopath.stream_order import POLICIES, domain_key
 from velopath.stream_quarantine import BadShard
@@ -99,9 +99,9 @@ def open_sampler(
     they do not come, `next` raises what the fetch raised. `Sampler.feed_report` says what was fetched and waited for.
 
     `on_bad_shard` "fail" refuses data with a bad shard as soon as it is met; "quarantine" reads everything once when
-    it opens, leaves bad shards out, says so in a `QuarantineWarning`, `Sampler.quarantined` and the audit log, and
-    draws from the rest. A state remembers what was left out and loads only where the same is. See
-    `velopath.stream_quarantine`.
+    it opens (a remote shard that has a hash and passed once is believed), leaves bad shards out, says so in a
+    `QuarantineWarning`, `Sampler.quarantined` and the audit log, and draws from the rest. A state remembers what was
+    left out and loads only where the same is. See `velopath.stream_quarantine`.
 
     Raises `ConfigError` on a wrong argument, `DataError` naming shard and sample on damaged data or a domain
     of fewer than T tokens. Fork before opening, not after.
@@ -176,8 +176,7 @@ def open_sampler(
     )
     log = AuditLog(audit, audit_parent) if audit is not None and rank == 0 else None
     first = MixtureWeights(mix.names, mix.shares, 0, start_step)
-    fed = {k: (domain.stream, domain.remote) for k, domain in enumerate(data.values()) if domain.remote}
-    feed = Feed(core, fed, shards, global_rows=rows * world, window=choice.window) if fed else None
+    feed = feed_of(core, list(data.values()), shards, global_rows=rows * world, window=choice.window)
     return Sampler(core, identity, rank, first, log, bad, shards, feed)
 
 

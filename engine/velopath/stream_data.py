@@ -9,27 +9,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from velopath import _core, remote
 from velopath.cache import Cache
 from velopath.config import DataConfig
 from velopath.errors import ConfigError, DataError
 from velopath.mds import MdsFolder, ShardEntry, load_index, shard_token_column
 from velopath.remote import FetchPolicy
-from velopath.shard_journal import Lengths, measure
-from velopath.stream_quarantine import BadShard, leave_out_bad
-from velopath.token_counts import load_counts
+from velopath.shard_journal import Lengths
+from velopath.stream_quarantine import BadShard, faults_of, leave_out
+from velopath.stream_remote import RemoteShards
+from velopath.stream_shards import shard_of
 from velopath.urls import below, is_url, parent, redact
 
-_TYPE_CODES = {"uint8": 8, "uint16": 16, "int16": 17, "uint32": 32, "int32": 33, "uint64": 64, "int64": 65}
 _INFLATERS = 8
 
 
 class DomainData(NamedTuple):
     """One domain: its folder (a path, or a URL), its documents as the core reads them, a hash of what the index says of
     them, the tokens of each document, its end-of-text token included, the shards that were left out, and those of a
-    remote domain, which a `Feed` fetches. To call `lengths` of a remote domain may fetch all of it, once."""
+    remote domain, which a `Feed` fetches. To call `lengths` of a remote domain may fetch all of it, once; `doubt` is to
+    be called with the number of a remote shard that was found sound when the domain was opened and is not."""
 
     folder: str | Path
     stream: _core.TokenStream
@@ -37,6 +36,7 @@ class DomainData(NamedTuple):
     lengths: Callable[[], Lengths]
     bad: tuple[BadShard, ...] = ()
     remote: tuple[ShardEntry, ...] = ()
+    doubt: Callable[[int], None] | None = None
 
 
 def open_domains(
@@ -53,23 +53,28 @@ def open_domains(
     quarantine = on_bad_shard == "quarantine"
     held = cache if isinstance(cache, Cache) else Cache(cache)
     indexes = {name: load_index(folder, files=not quarantine) for name, folder in folders.items()}
-    far = {name: index for name, index in indexes.items() if is_url(index.folder)}
-    near = {name: index for name, index in indexes.items() if name not in far}
-    if quarantine and far:
-        raise ConfigError(
-            f"on_bad_shard is 'quarantine' and domain {next(iter(far))!r} is remote; to find bad shards all would be "
-            "fetched before the first step: copy the folder here, or choose 'fail'"
-        )
+    far = {
+        name: RemoteShards(index, eos, held, bytes_dtype)
+        for name, index in indexes.items()
+        if is_url(index.folder)
+    }
     bad: dict[str, tuple[BadShard, ...]] = {}
     if quarantine:
-        near, bad = leave_out_bad(near, lambda entry: _described(entry, held, bytes_dtype, True), eos)
-    shards = _shards(near, held, bytes_dtype, verify and not quarantine)
+        look = {
+            name: far[name].faults if name in far else partial(faults_of, index, held, bytes_dtype)
+            for name, index in indexes.items()
+        }
+        faults = {name: find() for name, find in look.items()}
+        indexes, bad = leave_out(indexes, faults)
+        far = {name: shards.without(faults[name]) for name, shards in far.items()}
+    near = {name: index for name, index in indexes.items() if name not in far}
+    mapped = _shards(near, held, bytes_dtype, verify and not quarantine)
     data = {}
     for name, folder in folders.items():
         if name in far:
-            data[name] = _remote_data(far[name], eos, held, bytes_dtype)
+            data[name] = _remote_data(far[name], quarantine, bad.get(name, ()))
         else:
-            stream = _core.TokenStream(shards[name], eos)
+            stream = _core.TokenStream(mapped[name], eos)
             lengths = partial(_lengths_of, stream)
             data[name] = DomainData(folder, stream, near[name].fingerprint, lengths, bad.get(name, ()))
     return data
@@ -79,33 +84,18 @@ def _lengths_of(stream: _core.TokenStream) -> Lengths:
     return stream.lengths
 
 
-def _remote_data(index: MdsFolder, eos: int | None, cache: Cache, bytes_dtype: str) -> DomainData:
+def _remote_data(shards: RemoteShards, checked: bool, bad: tuple[BadShard, ...]) -> DomainData:
     """A domain whose shards are fetched when they are needed: only their tokens are known."""
-    shards = [_shard_of(entry, bytes_dtype, entry.place) for entry in index.shards]
-
-    def look(entry: ShardEntry) -> Lengths:
-        with cache.held(entry) as path:
-            return _core.TokenStream([_shard_of(entry, bytes_dtype, path)], None).lengths
-
-    def measured() -> list[Lengths]:
-        found = measure(index, look, bytes_dtype=bytes_dtype, cache=cache, why="to count their tokens")
-        return [lengths for lengths in found if not isinstance(lengths, str)]
-
-    counts = load_counts(index, measured, bytes_dtype=bytes_dtype, cache=cache)
-
-    def lengths() -> Lengths:
-        found = measured()
-        for entry, counted, own in zip(index.shards, counts, found, strict=True):
-            if (tokens := int(own.sum(dtype=np.int64))) != counted:
-                raise DataError(
-                    f"the shard holds {tokens} tokens, {counted} were counted; remove the counts, or write the "
-                    "folder again",
-                    path=entry.place,
-                )
-        return np.concatenate(found) + np.uint32(eos is not None)
-
-    stream = _core.TokenStream(shards, eos, counts)
-    return DomainData(index.folder, stream, index.fingerprint, lengths, (), index.shards)
+    counts, index = shards.counts(checked), shards.index
+    return DomainData(
+        index.folder,
+        shards.stream(counts),
+        index.fingerprint,
+        partial(shards.lengths, counts),
+        bad,
+        index.shards,
+        shards.doubt if checked else None,
+    )
 
 
 def domain_folders(root: str | Path | Mapping[str, str | Path]) -> dict[str, str | Path]:
@@ -241,17 +231,7 @@ def _shards(
 
 def _described(entry: ShardEntry, cache: Cache, bytes_dtype: str, verify: bool) -> _core._Shard:
     shard_token_column(entry, bytes_dtype=bytes_dtype)  # refused before anything is inflated
-    return _shard_of(entry, bytes_dtype, cache.hold(entry, verify=verify))
-
-
-def _shard_of(entry: ShardEntry, bytes_dtype: str, path: str | Path) -> _core._Shard:
-    column = shard_token_column(entry, bytes_dtype=bytes_dtype)
-    # No sample can be larger than its shard, so a larger fixed size is as good as any too large one.
-    sizes = [-1 if s is None else min(s, 1 << 32) for s in entry.columns.sizes]
-    code = 0 if column.dtype is None else _TYPE_CODES[column.dtype]
-    length = None if column.length is None else min(column.length, 1 << 32)
-    names = entry.columns.names
-    return (str(path), entry.samples, entry.raw_bytes, names, sizes, column.index, column.plain, code, length)
+    return shard_of(entry, bytes_dtype, cache.hold(entry, verify=verify))
 
 
 def read_settings(data: DataConfig) -> dict[str, Any]:

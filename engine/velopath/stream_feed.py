@@ -13,17 +13,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from velopath import _core
 from velopath.cache import Cache
-from velopath.errors import DataError
+from velopath.errors import DataError, WriteError
 from velopath.mds import ShardEntry
+from velopath.remote import FetchError
 from velopath.remote_threads import LEAVE_SECONDS, FetchThreads
+from velopath.stream_data import DomainData
 from velopath.urls import redact_text
 
 logger = logging.getLogger("velopath.remote")
@@ -49,6 +51,12 @@ class FeedReport(NamedTuple):
     wait_seconds: float
 
 
+class _Place(TypedDict, total=False):
+    path: str
+    sample: int
+    field: str
+
+
 @dataclass
 class _Plan:
     """The shards of the coming steps from `first` on, and the cursor behind them."""
@@ -61,7 +69,10 @@ class _Plan:
 
 
 class Feed:
-    """Feeds one sampler in threads of its own; `streams` are the attachable ones by domain, with their shards."""
+    """Feeds one sampler in threads of its own; `streams` are the attachable ones by domain, with their shards.
+
+    `doubt` tells a domain, where it wants to know, the number of a shard that is damaged.
+    """
 
     def __init__(
         self,
@@ -71,11 +82,12 @@ class Feed:
         *,
         global_rows: int,
         window: int,
+        doubt: Mapping[int, Callable[[int], None]],
         threads: int = 4,
         ahead: int = 16,
     ) -> None:
         _check_room(streams, cache, window)
-        self._core, self._streams, self._cache = core, streams, cache
+        self._core, self._streams, self._cache, self._doubt = core, streams, cache, doubt
         self._horizon = max(_CHUNK, min(_STEPS_AHEAD, _ROWS_AHEAD // global_rows))
         self._ahead = ahead
         self._attached: dict[Shard, None] = {}
@@ -139,7 +151,9 @@ class Feed:
             except Exception as error:  # whatever it is, next() must not wait for a dead thread
                 if not self._stop:
                     self._plan = None
-                    self._core.fail(f"the feed of remote shards: {_problem(error)}", _place(error), None)
+                    self._core.fail(
+                        f"the feed of remote shards: {_problem(error)}", **_place(error), plan=None
+                    )
                     self._wake.wait(_AGAIN_SECONDS)
             self._wake.wait(_POLL_SECONDS)
 
@@ -160,6 +174,9 @@ class Feed:
                 self._attached[shard] = None
             else:
                 self._failed[shard] = error, time.monotonic() + _AGAIN_SECONDS
+                of_shard = isinstance(error, DataError) and not isinstance(error, (FetchError, WriteError))
+                if of_shard and shard[0] in self._doubt:
+                    self._doubt[shard[0]](shard[1])
                 logger.warning("%s; tried again in %g s where the steps go on", error, _AGAIN_SECONDS)
 
     def _look_ahead(self) -> _Plan:
@@ -238,8 +255,8 @@ class Feed:
         failed = next((s for s in lacking if s in self._failed), None)
         if failed is not None:
             error = self._failed[failed][0]
-            place = str(self._streams[failed[0]][1][failed[1]].place)
-            self._core.fail(_problem(error), _place(error) or place, plan.id)
+            place = _place(error) or {"path": str(self._streams[failed[0]][1][failed[1]].place)}
+            self._core.fail(_problem(error), **place, plan=plan.id)
         elif ready == plan.first and lacking:
             self._tell_wait(plan.first, lacking)
 
@@ -302,6 +319,18 @@ class Feed:
                     raise
 
 
+def feed_of(
+    core: _core.Sampler, data: Sequence[DomainData], cache: Cache, *, global_rows: int, window: int
+) -> Feed | None:
+    """The feed of a sampler on these domains; None where none is remote."""
+    far = {k: domain for k, domain in enumerate(data) if domain.remote}
+    if not far:
+        return None
+    streams = {k: (domain.stream, domain.remote) for k, domain in far.items()}
+    doubt = {k: domain.doubt for k, domain in far.items() if domain.doubt is not None}
+    return Feed(core, streams, cache, global_rows=global_rows, window=window, doubt=doubt)
+
+
 def _check_room(
     streams: Mapping[int, tuple[_core.TokenStream, Sequence[ShardEntry]]], cache: Cache, window: int
 ) -> None:
@@ -322,5 +351,13 @@ def _problem(error: BaseException) -> str:
     return error.problem if isinstance(error, DataError) else redact_text(repr(error))
 
 
-def _place(error: BaseException) -> str:
-    return str(error.path or "") if isinstance(error, DataError) else ""
+def _place(error: BaseException) -> _Place:
+    """Where a problem is, as far as it is known."""
+    if not isinstance(error, DataError) or error.path is None:
+        return {}
+    place: _Place = {"path": str(error.path)}
+    if error.sample is not None:
+        place["sample"] = error.sample
+    if error.field is not None:
+        place["field"] = error.field
+    return place

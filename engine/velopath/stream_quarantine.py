@@ -2,24 +2,26 @@
 
 A plan is a pure function of the data, so bad shards are found before the first step or not at all: with `quarantine`
 every shard is read once in full, its hashes compared and every document decoded, and those that do not pass are left
-out of their domain as if the index did not list them. What goes bad later, under a running sampler, is an error with
-either policy: to leave rows out then would change the steps that are still to come (our choice).
+out of their domain as if the index did not list them. Local shards are read at every start; a remote one that has a
+hash and passed is believed from then on (`velopath.shard_journal`). What goes bad later, under a running sampler, is an
+error with either policy: to leave rows out then would change the steps that are still to come (our choice).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from velopath import _core
+from velopath.cache import Cache
 from velopath.errors import DataError, WriteError
-from velopath.mds import MdsFolder, ShardEntry
+from velopath.mds import MdsFolder, ShardEntry, shard_token_column
+from velopath.stream_shards import decode, shard_of
+from velopath.urls import redact
 
 POLICIES = ("fail", "quarantine")
-_READ_TOKENS = 1 << 20
 _READERS = 8
 
 
@@ -35,40 +37,48 @@ class BadShard(NamedTuple):
     reason: str
 
 
-def leave_out_bad(
-    indexes: Mapping[str, MdsFolder], describe: Callable[[ShardEntry], _core._Shard], eos: int | None
-) -> tuple[dict[str, MdsFolder], dict[str, tuple[BadShard, ...]]]:
-    """The indexes without the shards that do not pass, and those by domain; a `QuarantineWarning` names them.
+def faults_of(index: MdsFolder, cache: Cache, bytes_dtype: str) -> list[str | None]:
+    """What is wrong with each shard of a local folder, None where nothing is; `RemoteShards.faults` is of a remote one.
 
-    `describe` gives a shard to the core and checks its file, sizes and hashes. Reads everything, on 8 threads: as long
-    as hashing the files and decoding them takes. Raises `DataError` where no shard of a domain is left, and what is no
-    fault of a shard: `WriteError` of a cache that cannot be filled, errors of memory.
+    Reads everything, on 8 threads: as long as hashing the files and decoding them takes. Raises what is no fault of a
+    shard: `WriteError` of a cache that cannot be filled, errors of memory.
     """
 
     def fault(entry: ShardEntry) -> str | None:
         try:
-            _read_all(describe(entry), eos)
+            shard_token_column(entry, bytes_dtype=bytes_dtype)  # refused before anything is inflated
+            path = cache.hold(entry, verify=True)
+            decode(shard_of(entry, bytes_dtype, path))
         except WriteError:
             raise
         except (DataError, OSError) as error:
             return str(error)
         return None
 
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(fault, index.shards))
+
+
+def leave_out(
+    indexes: Mapping[str, MdsFolder], faults: Mapping[str, Sequence[str | None]]
+) -> tuple[dict[str, MdsFolder], dict[str, tuple[BadShard, ...]]]:
+    """The indexes without the shards that have a fault, and those by domain; a `QuarantineWarning` names them.
+
+    Raises `DataError` where no shard of a domain is left.
+    """
     bad: dict[str, tuple[BadShard, ...]] = {}
     kept: dict[str, MdsFolder] = {}
-    with ThreadPoolExecutor(_READERS) as pool:
-        waiting = {name: list(pool.map(fault, index.shards)) for name, index in indexes.items()}
-    for name, faults in waiting.items():
-        index = indexes[name]
-        pairs = list(zip(index.shards, faults, strict=True))
+    for name, index in indexes.items():
+        folder = Path(redact(str(index.folder)))
+        pairs = list(zip(index.shards, faults[name], strict=True))
         bad[name] = tuple(
-            BadShard(name, _name(entry, Path(index.folder)), why) for entry, why in pairs if why is not None
+            BadShard(name, _name(entry, folder), why) for entry, why in pairs if why is not None
         )
         kept[name] = MdsFolder(index.folder, tuple(entry for entry, why in pairs if why is None))
         if index.shards and not kept[name].shards:
             raise DataError(
-                f"all {len(index.shards)} shards of domain {name!r} are bad; the first: {faults[0]}",
-                path=index.folder,
+                f"all {len(index.shards)} shards of domain {name!r} are bad; the first: {faults[name][0]}",
+                path=redact(str(index.folder)),
             )
     if any(bad.values()):
         unhashed = sum(not s.raw_hashes and not s.zip_hashes for i in indexes.values() for s in i.shards)
@@ -93,13 +103,6 @@ def names_of(bad: Iterable[BadShard]) -> dict[str, list[str]]:
     for one in sorted(bad):
         found.setdefault(one.domain, []).append(one.shard)
     return found
-
-
-def _read_all(shard: _core._Shard, eos: int | None) -> None:
-    """Decode every document of the shard, as a sampler would."""
-    stream = _core.TokenStream([shard], eos)
-    for position in range(0, stream.tokens, _READ_TOKENS):
-        stream.read(position, min(_READ_TOKENS, stream.tokens - position))
 
 
 def _name(entry: ShardEntry, folder: Path) -> str:
