@@ -358,7 +358,7 @@ def _open_store(root: str, stall_seconds: float, user: str, _of: object) -> Any:
         "read_timeout": seconds,
         "timeout": timedelta(days=1),
     }
-    if plain or os.environ.get("AWS_ALLOW_HTTP", "").lower() == "true":
+    if plain or any(os.environ.get(f"{of}ALLOW_HTTP", "").lower() == "true" for of in _SETTINGS):
         options["allow_http"] = True
     if user:
         options["default_headers"] = {"authorization": f"Basic {b64encode(user.encode()).decode()}"}
