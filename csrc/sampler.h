@@ -97,7 +97,7 @@ public:
     std::vector<std::vector<u64>> count(u64 steps) const;  // rows of each domain in the coming steps; the cursor stays
 
     std::vector<std::pair<Row, Place>> rows_at(u64 step) const;  // of all ranks; steps as for cursor_at
-    std::vector<Exposure> exposure() const;  // before the next step; of bins counted one by one
+    std::vector<Exposure> exposure() const;  // before the next step; bins are counted one by one, from the last call on
 
     // Of a staged sampler. scout looks up to `steps` steps ahead from `from` on, or from the next step; fewer where the
     // stream ends. release lets the steps before `until` be planned, unless the plan is no longer `plan` (false), and takes
@@ -141,6 +141,7 @@ private:
     void open_gate(Lock& lock);
     void replan_from(u64 step);
     const Mix& mix_at(u64 step) const;
+    u64 labels_drawn(std::size_t k, u64 drawn) const;
     Slot& slot_of(u64 step) { return slots_[step % slots_.size()]; }
 
     const std::vector<Source> sources_;
@@ -167,6 +168,13 @@ private:
     std::exception_ptr unreleased_;   // why the next step is not released
     std::exception_ptr fatal_;
     std::vector<std::thread> threads_;
+
+    // Labels of the bins drawn in the epoch that `until` lies in, up to there; of all bins of an epoch, once that is asked.
+    struct Counted {
+        u64 until = 0, labels = 0, epoch_labels = 0;
+    };
+    mutable std::mutex counting_;
+    mutable std::vector<Counted> counted_;  // of each domain
 };
 
 }  // namespace velopath

@@ -117,14 +117,25 @@ std::vector<Exposure> Sampler::exposure() const {
             result.push_back({drawn[k], drawn[k] * most, rows, std::min(drawn[k], rows) * most});
             continue;
         }
-        const Packing& packing = *sources_[k].packing;
-        u64 epoch_tokens = 0, tokens = 0;
-        for (u64 b = 0; b < rows && epochs > 0; ++b) epoch_tokens += packing.tokens(b) - 1;
-        for (u64 i = epochs * rows; i < drawn[k]; ++i)
-            tokens += packing.tokens(planner_.place({static_cast<std::uint32_t>(k), i}).position) - 1;
-        result.push_back({drawn[k], epochs * epoch_tokens + tokens, rows, epochs > 0 ? epoch_tokens : tokens});
+        const std::lock_guard<std::mutex> counting(counting_);
+        const u64 labels = labels_drawn(k, drawn[k]), whole = counted_[k].epoch_labels;
+        result.push_back({drawn[k], epochs * whole + labels, rows, epochs > 0 ? whole : labels});
     }
     return result;
+}
+
+// Labels of the bins drawn in the epoch that the drawn-th one lies in. Goes on from where it was asked last.
+u64 Sampler::labels_drawn(std::size_t k, u64 drawn) const {
+    const Packing& packing = *sources_[k].packing;
+    const u64 rows = planner_.epoch_rows(k), begin = drawn / rows * rows;
+    counted_.resize(sources_.size());
+    Counted& counted = counted_[k];
+    if (begin > 0 && counted.epoch_labels == 0)
+        for (u64 b = 0; b < rows; ++b) counted.epoch_labels += packing.tokens(b) - 1;
+    if (counted.until < begin || counted.until > drawn) counted.until = begin, counted.labels = 0;
+    for (; counted.until < drawn; ++counted.until)
+        counted.labels += packing.tokens(planner_.place({static_cast<std::uint32_t>(k), counted.until}).position) - 1;
+    return counted.labels;
 }
 
 }  // namespace velopath

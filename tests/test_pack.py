@@ -137,7 +137,7 @@ def test_exposure_counts_labels_and_is_exact_after_resume(root):
             if step == 40:
                 sampler.push({"a": 0.2, "b": 0.8})
             if step == 60:
-                state = json.loads(json.dumps(sampler.state_dict()))
+                state, rows_then = json.loads(json.dumps(sampler.state_dict())), dict(rows)
             batch = next(sampler)
             for k, name in enumerate("ab"):
                 mine = batch.domains == k
@@ -154,6 +154,12 @@ def test_exposure_counts_labels_and_is_exact_after_resume(root):
                     assert found["unique_tokens"] == bins[name].tokens - epoch
     with open_sampler(root, **OPTIONS | {"rows": 2, "world": 2}) as resumed:
         resumed.load_state_dict(state)
+        for _ in range(30):
+            next(resumed)
+        assert resumed.exposure() == exposure
+        resumed.load_state_dict(state)  # back: what was counted behind it does not count
+        before = resumed.exposure()
+        assert {name: found["rows"] for name, found in before.items()} == rows_then
         for _ in range(30):
             next(resumed)
         assert resumed.exposure() == exposure
@@ -282,7 +288,7 @@ def test_bins_of_other_documents_are_refused(root):
         exhaustion="repeat", start_step=0, threads=0, prefetch=1, stall_seconds=5, window=0, boundaries=False,
         padding=0, staged=False, allocate=lambda shape: np.empty(shape, np.int32),
     )  # fmt: skip
-    with pytest.raises(DataError, match="the bins are of other data, remove their file"):
+    with pytest.raises(DataError, match=r"the bins are of other data, remove (their file|.*\.bins$)"):
         for _ in range(bins.rows):
             core.next()
 
