@@ -31,7 +31,7 @@ std::uint64_t Packing::read(const TokenStream& stream, std::uint64_t bin, std::i
     for (std::uint64_t p = starts_[bin]; p < starts_[bin + 1]; ++p) {
         const Piece& piece = pieces_[p];
         if (begins != nullptr) begins->push_back(static_cast<std::int32_t>(filled));
-        stream.read_document(piece.document, piece.first, piece.tokens, out + filled);
+        stream.read_document(piece.document, piece.first, piece.tokens, out + filled, path_);
         filled += piece.tokens;
     }
     std::fill(out + filled, out + width_, padding);
@@ -40,7 +40,7 @@ std::uint64_t Packing::read(const TokenStream& stream, std::uint64_t bin, std::i
 
 std::vector<std::uint32_t> Packing::shards_of(const TokenStream& stream, std::uint64_t bin) const {
     std::vector<std::uint32_t> result;
-    for (std::uint64_t p = starts_[bin]; p < starts_[bin + 1]; ++p) result.push_back(stream.shard_of_document(pieces_[p].document));
+    for (std::uint64_t p = starts_[bin]; p < starts_[bin + 1]; ++p) result.push_back(stream.shard_of_document(pieces_[p].document, path_));
     return result;
 }
 

@@ -136,19 +136,22 @@ void TokenStream::read(std::uint64_t position, std::uint64_t count, std::int32_t
     }
 }
 
-const TokenStream::Part& TokenStream::part_of_document(std::uint64_t document) const {
+const TokenStream::Part& TokenStream::part_of_document(std::uint64_t document, const std::string& bins) const {
     const auto after = std::upper_bound(parts_.begin(), parts_.end(), document,
                                         [](std::uint64_t d, const Part& part) { return d < part.first_document; });
     if (after == parts_.begin() || document - (after - 1)->first_document >= (after - 1)->documents)
         throw DataError("a bin asks for document " + std::to_string(document) + ", which is not there or has no tokens; the bins are of "
-                        "other data, remove their file", parts_.empty() || attachable_ ? std::string() : parts_.front().mapped->shard.path());
+                        "other data, remove their file", bins);
     return *(after - 1);
 }
 
-std::uint32_t TokenStream::shard_of_document(std::uint64_t document) const { return part_of_document(document).shard; }
+std::uint32_t TokenStream::shard_of_document(std::uint64_t document, const std::string& bins) const {
+    return part_of_document(document, bins).shard;
+}
 
-void TokenStream::read_document(std::uint64_t document, std::uint64_t first, std::uint64_t count, std::int32_t* out) const {
-    const Part& part = part_of_document(document);
+void TokenStream::read_document(std::uint64_t document, std::uint64_t first, std::uint64_t count, std::int32_t* out,
+                                const std::string& bins) const {
+    const Part& part = part_of_document(document, bins);
     std::shared_ptr<const Mapped> pin;
     const Shard& shard = use(part, pin).shard;
     const std::uint64_t i = document - part.first_document;
@@ -156,7 +159,7 @@ void TokenStream::read_document(std::uint64_t document, std::uint64_t first, std
     const std::uint64_t here = length(shard, i);
     if (first > here || count > here - first)
         throw DataError("a bin asks for tokens " + std::to_string(first) + " to " + std::to_string(first + count) +
-                            " of a document of " + std::to_string(here) + "; the bins are of other data, remove their file",
+                            " of a document of " + std::to_string(here) + "; the bins are of other data, remove " + bins,
                         shard.path(), static_cast<std::int64_t>(i));
     const Document found = shard.document(i);
     const std::uint64_t take = first < found.tokens ? std::min(count, found.tokens - first) : 0;

@@ -29,8 +29,9 @@ public:
     // places in `out` where a document begins: 0 and those behind the end of another one. Throws DataError.
     void read(std::uint64_t position, std::uint64_t count, std::int32_t* out, std::vector<std::int32_t>* begins = nullptr) const;
 
-    // Writes tokens [first, first + count) of a document, the end-of-text token included. Throws DataError.
-    void read_document(std::uint64_t document, std::uint64_t first, std::uint64_t count, std::int32_t* out) const;
+    // Writes tokens [first, first + count) of a document, the end-of-text token included. Throws DataError; `bins` is the
+    // file that asks for them, named where they are not there.
+    void read_document(std::uint64_t document, std::uint64_t first, std::uint64_t count, std::int32_t* out, const std::string& bins) const;
 
     std::vector<std::uint32_t> lengths() const;        // tokens of each document, the end-of-text token included
     std::vector<std::uint64_t> shard_positions() const;  // where each shard that holds tokens begins
@@ -41,7 +42,7 @@ public:
     void attach(std::size_t shard, const std::string& file);
     void detach(std::size_t shard);
     std::vector<std::uint32_t> shards_of(std::uint64_t position, std::uint64_t count) const;  // that read() would touch
-    std::uint32_t shard_of_document(std::uint64_t document) const;  // throws DataError as read_document() does
+    std::uint32_t shard_of_document(std::uint64_t document, const std::string& bins) const;  // throws as read_document() does
 
 private:
     static constexpr std::uint64_t STRIDE = 64;  // documents per entry of the sparse index: 8 bytes in 64 documents
@@ -64,7 +65,7 @@ private:
     Mapped map(Shard shard, std::uint64_t first_token) const;
     Parts::const_iterator part_at(std::uint64_t position) const;
     Part* part_of(std::size_t shard);
-    const Part& part_of_document(std::uint64_t document) const;
+    const Part& part_of_document(std::uint64_t document, const std::string& bins) const;
     std::uint64_t part_tokens(const Part& part) const;
 
     // What is mapped of a part; `pin` keeps it in memory where it may be detached meanwhile. Throws VelopathError.

@@ -104,8 +104,7 @@ MUTATIONS = [
     ),
     engine(
         "R6", "a remote shard is believed only where it was decoded and has a hash", "shard_journal.py",
-        "if lengths is not None and (not decoded or (flags & _DECODED and hashed(number))):",
-        "if lengths is not None:",
+        "if not decoded or (flags & _DECODED and hashed(number)):", "if True:",
         "test_remote_quarantine.py::test_shards_without_a_hash_are_read_at_every_start",
     ),
     engine(

@@ -184,7 +184,7 @@ def window_parts(
 
 def _read(path: Path, facts: dict[str, Any]) -> Bins | None:
     """The bins in a file, or None where it is missing, damaged or of other facts."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         content = np.memmap(path, np.uint8, "r")
         line = bytes(content[: 1 << 16]).split(b"\n", 1)[0]
         head = json.loads(line)
@@ -194,6 +194,9 @@ def _read(path: Path, facts: dict[str, Any]) -> Bins | None:
         pieces_at = starts_bytes + groups_bytes
         fits = all(head[name] == value for name, value in facts.items())
         fits &= ("bin_shards" in facts) == (groups_bytes > 0)
+        numbers = [head[name] for name in ("bins", "pieces", "documents", "tokens")]
+        numbers += [head["truncated"] + 1, head["whole_bins"] if groups_bytes else 1]
+        fits &= all(type(n) is int and n > 0 for n in numbers) and 0 <= head["cut_by_concat"] <= 1
         if fits and len(body) == pieces_at + 12 * head["pieces"] and _hash(body) == head["xxh3"]:
             return Bins(
                 path,

@@ -61,7 +61,9 @@ def measure(
         known = {}
         for number, key in enumerate(keys):
             flags, lengths = found.get(key, (0, None))
-            if lengths is not None and (not decoded or (flags & _DECODED and hashed(number))):
+            if lengths is None or len(lengths) != index.shards[number].samples:
+                continue
+            if not decoded or (flags & _DECODED and hashed(number)):
                 known[number] = lengths
         return known
 
