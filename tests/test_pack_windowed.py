@@ -227,6 +227,19 @@ def test_resume_and_world_size_change_no_row(root: Path, threads: int) -> None:
     assert state == final
 
 
+@pytest.mark.parametrize("exhaustion", ["renormalise", "stop"])
+def test_an_epoch_that_ends_holds_every_bin_at_most_once(root: Path, exhaustion: str) -> None:
+    with open_sampler(root, **OPTIONS | {"rows": 2}, exhaustion=exhaustion) as sampler:
+        read = [(int(d), int(r)) for b in sampler for d, r in zip(b.domains, b.row_ids, strict=True)]
+    bins = [bins_of(root, name, 1).rows for name in "ab"]
+    assert len(set(read)) == len(read)
+    assert all(row < bins[k] for k, row in read)
+    if exhaustion == "renormalise":
+        assert sum(bins) - 1 <= len(read) <= sum(bins)  # the last step is of two rows
+    else:
+        assert any(sum(d == k for d, _ in read) >= bins[k] - 2 for k in range(2))
+
+
 def test_the_log_alone_gives_the_same_rows(root: Path) -> None:
     with open_sampler(root, **OPTIONS | {"rows": 3, "bin_shards": 2}) as sampler:
         order = Order.from_json(json.loads(json.dumps(sampler.order.to_json())))

@@ -79,6 +79,18 @@ def test_what_local_data_leave_out(
     assert [[s["shard"] for s in r["details"]["shards"]] for r in records] == [[files[k] for k in bad]] * 2
 
 
+@pytest.mark.parametrize("variant", ["raw", "zstd", "bare"])
+def test_sound_data_are_read_alike_under_both_policies(
+    web: ObjectServer, tmp_path: Path, variant: str
+) -> None:
+    Folder(tmp_path / "d" / "a", variant)
+    found = []
+    for policy in ("fail", "quarantine"):
+        with opened(web, tmp_path / policy, on_bad_shard=policy) as sampler:
+            found.append(([batch.tokens.tolist() for batch in sampler], sampler.state_dict()))
+    assert found[0] == found[1]
+
+
 def test_what_passed_is_not_read_again_and_what_did_not_is(web: ObjectServer, tmp_path: Path) -> None:
     folder, cache = Folder(tmp_path / "d" / "a", "raw"), tmp_path / "cache"
     sound = folder.file(1).read_bytes()

@@ -40,9 +40,10 @@ class FetchThreads:
         for _ in self._threads:
             self._tasks.put(None)
         end = time.monotonic() + seconds
-        for thread in self._threads:
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in others:
             thread.join(max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        return not any(thread.is_alive() for thread in others)
 
     def _work(self) -> None:
         while (item := self._tasks.get()) is not None:

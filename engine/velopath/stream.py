@@ -88,11 +88,12 @@ def open_sampler(
 
     `packing`: "concat" rows are parts of the joined documents; "best_fit" rows hold whole documents, none cut but
     those of more than T + 1 tokens, and padding (`velopath.pack`; bins are computed once and stored beside the
-    shards). `boundaries` asks for documents, positions and `cu_seqlens` in each batch. `order`: "full" shuffles an
-    epoch's rows over the whole domain; "windowed" shuffles the shards, then the rows inside each `window` shards of
-    that order, so that only these and the ones right behind them (a row may end there) are read at a time. None is
-    "windowed" where a folder is remote, else "full". The documents of a bin come from `bin_shards` neighbouring shards;
-    None: from all, where the order is windowed from one, so that a window's bins touch the window's shards alone.
+    shards, or in the cache where those are remote). `boundaries` asks for documents, positions and `cu_seqlens` in
+    each batch. `order`: "full" shuffles an epoch's rows over the whole domain; "windowed" shuffles the shards, then
+    the rows inside each `window` shards of that order, so that only these and the ones right behind them (a row may
+    end there) are read at a time. None is "windowed" where a folder is remote, else "full". The documents of a bin
+    come from `bin_shards` neighbouring shards; None: from all, or from one where the order is windowed, so that the
+    bins of a window touch its own shards alone.
 
     Shards of remote folders are fetched into `cache` as the plan comes to need them, patiently as `fetch` says, and
     evicted where the shards there pass `cache_limit` (bytes, or a size such as "50GB"); see `velopath.cache`. Where

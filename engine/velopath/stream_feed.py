@@ -136,7 +136,8 @@ class Feed:
         self._stop = True
         self._cache.stop.set()
         self._wake.set()
-        self._director.join(LEAVE_SECONDS)
+        if threading.current_thread() is not self._director:  # which may be where garbage is collected
+            self._director.join(LEAVE_SECONDS)
         if not self._pool.close(LEAVE_SECONDS):
             logger.warning("a fetch hangs and is left behind; the storage of the cache may hang")
         self._cache.close()
