@@ -88,7 +88,9 @@ def test_two_processes_train_the_model_of_one(alone: Path, together: Path) -> No
     for segment, step in (("main", 16), ("main", 56), ("v1", 40), ("v2", 80)):
         one, two = tensors(alone, segment, step), tensors(together, segment, step)
         for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, rtol=0, atol=near(step), msg=f"{segment} {step} {name}")
+            torch.testing.assert_close(
+                two[name], tensor, rtol=0, atol=near(step), msg=f"{segment} {step} {name}"
+            )
     for mine, theirs in zip(in_force(together), in_force(alone), strict=True):
         assert (mine["kind"], mine["segment"], mine["step"]) == (
             theirs["kind"],
