@@ -104,8 +104,8 @@ class Cache:
         for last in (False, False, True):
             try:
                 return self._hold(self._target(entry), entry, verify)
-            except WriteError as error:  # somebody empties the folder at this very moment
-                if last or getattr(error.__cause__, "errno", None) != errno.ENOENT:
+            except (WriteError, OSError) as error:
+                if last or not _emptied(error):
                     raise
                 time.sleep(0.05)
         raise AssertionError
@@ -144,8 +144,13 @@ class Cache:
         if self.limit is None:
             return True
         self._make()
-        with locked(self.folder / "evict.lock", wait=False) as free:
-            return free and self._evict(size)
+        try:
+            with locked(self.folder / "evict.lock", wait=False) as free:
+                return free and self._evict(size)
+        except (WriteError, OSError) as error:
+            if not _emptied(error):
+                raise
+            return False  # asked again soon, of the folder made anew
 
     def close(self) -> None:
         """Give back every mark."""
@@ -273,6 +278,12 @@ def raw_path(entry: ShardEntry, cache_dir: str | Path | None = None, *, verify: 
     """Path of the shard's raw file, as `Cache.hold` finds it, without a mark: for a cache that nobody evicts from."""
     with Cache(cache_dir) as cache:
         return cache.hold(entry, verify=verify)
+
+
+def _emptied(error: BaseException) -> bool:
+    """Whether somebody takes the cache folder away at this very moment: it is gone, or none, between two calls."""
+    system = error if isinstance(error, OSError) else error.__cause__
+    return getattr(system, "errno", None) in (errno.ENOENT, errno.ENOTDIR)
 
 
 def check_file(path: Path, expected: Mapping[str, str]) -> None:

@@ -48,10 +48,14 @@ def write_error(error: OSError, path: str | Path) -> WriteError:
 
 def make_folder(folder: Path) -> None:
     """Make `folder` and those above it where they are missing. Raises `WriteError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(error, folder) from error
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and not os.path.lexists(error.filename):
+                continue  # somebody removed it between the two calls that mkdir makes
+            raise write_error(error, folder) from error
+        return
 
 
 def sync_folder(folder: Path) -> None:
