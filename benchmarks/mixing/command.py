@@ -52,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     picture = report.paths(out, document)[0].with_suffix(".png")
     page = f"{table.table(found)}\n\n![Shares over the steps of every arm that moves them]({picture.name})\n"
     varied = picture.with_name(f"{picture.stem}-sensitivity.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
     if found["sensitivity"]:
         page += f"\n![What interval, step size and normalisation change]({varied.name})\n"
         table.draw_sensitivity(found, varied)

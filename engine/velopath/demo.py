@@ -1,7 +1,7 @@
 """The demo: the whole product on real text in a few minutes on two cores.
 
-Corpus and tokenizer -> token shards -> a small base model that knows three domains -> targets from a proxy trunk
--> main path over six domains under Velocitune, two data slices, two versions -> exports -> report.
+Corpus and tokenizer -> token shards -> a small base model that knows three domains -> main path over six domains, its
+first steps at equal weights for the targets, then under Velocitune; two data slices, two versions -> exports -> report.
 """
 
 from __future__ import annotations
@@ -27,8 +27,19 @@ from velopath.segments import cut_version, train_main
 
 KNOWN = ("docs", "python", "verse")
 """Domains of the base model: it has never seen the others."""
+DOMAINS = ("cpp", "docs", "python", "tables", "translations", "verse")
 SLICES = ("slice-1", "slice-2")
 VOCABULARY = 1024
+GUARDS = {
+    "small_gap": "mean",  # a domain that the base model knows has too small a gap for a velocity of its own
+    "floor": 0.05,
+    "cap": 0.5,
+    "smoothing": 0.2,
+    "smoothing_to": "prior",
+    "step_size": 0.5,
+    "missing": "last",  # a domain that no batch held since the last update keeps its loss
+}
+"""Velocitune's options where it was held beside other rules: docs/mixing.md, "our guards, free signal"."""
 
 Show = Callable[[Run], AbstractContextManager[None]]
 Say = Callable[[str], None]
@@ -60,7 +71,7 @@ def run_demo(out: Path, *, show: Show, say: Say, fresh: bool = False, scale: flo
     run_config = demo_config(out, base, scale)
     with Run.open(run_config, out, command="velopath demo") as run, show(run):
         run.seconds_before = time.perf_counter() - start
-        say("targets: proxy trunk at the original weights, one law per domain")
+        say("targets: first steps of the main path at equal weights, one law per domain")
         find_targets(run)
         say("main path under Velocitune, a branch for each version")
         for segment in run.plan.segments:
@@ -123,19 +134,22 @@ def _train_base(out: Path, scale: float, show: Show) -> Path:
 def demo_config(out: Path, base: Path, scale: float = 1.0) -> RunConfig:
     """The demo's configuration: 0.16M parameters, 1,024 tokens a step, T = 700, alpha 0.6."""
     steps = _steps(700, scale)
+    equal = dict.fromkeys(DOMAINS, 1.0)
     return _config(
         "velopath demo",
-        slices={name: {"root": str(out / "data" / name), "steps": steps} for name in SLICES},
+        slices={
+            name: {"root": str(out / "data" / name), "steps": steps, "weights": equal} for name in SLICES
+        },
         scale=scale,
         control={
             "controller": "velocitune",
-            # Our choice for domains that the base model knows: their gap is too small for a velocity.
-            "options": {"small_gap": "mean"},
+            "options": GUARDS,
+            "signal": "training",
             "every": _steps(50, scale),
             "heldout_tokens": _tokens(4096, scale),
         },
         model={"hf": str(base)},
-        proxy={"steps": _steps(350, scale), "points": 7, "first": 0.15},
+        proxy={"source": "main", "steps": _steps(105, scale), "points": 7, "first": 0.15},
     )
 
 
