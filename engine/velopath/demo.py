@@ -149,7 +149,7 @@ def demo_config(out: Path, base: Path, scale: float = 1.0) -> RunConfig:
             "heldout_tokens": _tokens(4096, scale),
         },
         model={"hf": str(base)},
-        proxy={"source": "main", "steps": _steps(105, scale), "points": 7, "first": 0.15},
+        proxy={"source": "main", "steps": max(_steps(105, scale), 13), "points": 7, "first": 0.15},
     )
 
 
