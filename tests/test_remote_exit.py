@@ -24,7 +24,8 @@ from velopath.remote_threads import FetchThreads
 
 MOST_SECONDS = 5.0
 OPEN = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born without it
 from velopath import open_sampler
 sampler = open_sampler({places!r}, rows=2, row_tokens=32, cache={cache!r}, **{options!r})
 print("opened", flush=True)
