@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from velopath.errors import ConfigError
 
 _POLL_SECONDS = 0.1
-_LEAVE_SECONDS = 1.0
+_LEAVE_SECONDS = 2.0
 _T = TypeVar("_T")
 
 
