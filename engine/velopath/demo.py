@@ -27,7 +27,6 @@ from velopath.segments import cut_version, train_main
 
 KNOWN = ("docs", "python", "verse")
 """Domains of the base model: it has never seen the others."""
-DOMAINS = ("cpp", "docs", "python", "tables", "translations", "verse")
 SLICES = ("slice-1", "slice-2")
 VOCABULARY = 1024
 GUARDS = {
@@ -115,8 +114,7 @@ def _prepare(corpus: CorpusReport, out: Path) -> None:
 def _train_base(out: Path, scale: float, show: Show) -> Path:
     """A base model as one gets it from elsewhere: a decayed Hugging Face checkpoint of some domains."""
     folder = out / "base"
-    domains = sorted(p.name for p in (out / "data" / SLICES[0] / "train").iterdir())
-    weights = {name: 1.0 if name in KNOWN else 0.0 for name in domains}
+    weights = {name: 1.0 if name in KNOWN else 0.0 for name in _domains(out)}
     config = _config(
         "demo base model",
         slices={
@@ -131,10 +129,14 @@ def _train_base(out: Path, scale: float, show: Show) -> Path:
         return export_version(run, "v1")
 
 
+def _domains(out: Path) -> list[str]:
+    return sorted(p.name for p in (out / "data" / SLICES[0] / "train").iterdir())
+
+
 def demo_config(out: Path, base: Path, scale: float = 1.0) -> RunConfig:
     """The demo's configuration: 0.16M parameters, 1,024 tokens a step, T = 700, alpha 0.6."""
     steps = _steps(700, scale)
-    equal = dict.fromkeys(DOMAINS, 1.0)
+    equal = dict.fromkeys(_domains(out), 1.0)
     return _config(
         "velopath demo",
         slices={
